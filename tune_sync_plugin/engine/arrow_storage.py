@@ -1,0 +1,87 @@
+"""Storage on a native pyarrow file system: what Ray resolves ``s3://``, ``gs://`` and the like to.
+
+Streams, never ``pyarrow.fs.copy_files``: with pyarrow 19 to 26 that returns without error when an
+upload to S3 failed (DESIGN.md 2, row 13). ``write`` and ``close`` of a stream do raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import posixpath
+from typing import Any
+
+from tune_sync_plugin.engine.source import Source
+from tune_sync_plugin.engine.storage import partial_path
+
+# Up to here a file is read before its upload starts, so that one that shrinks costs no upload.
+_WHOLE_BYTES = 4 << 20
+
+_OBJECT_STORES = {"s3", "gcs", "abfs"}
+
+
+class ArrowStorage:
+    """A prefix on a ``pyarrow.fs.FileSystem``."""
+
+    def __init__(self, filesystem: Any, root: str) -> None:
+        self._fs = filesystem
+        self._root = root.rstrip("/")
+        self.has_directories = filesystem.type_name not in _OBJECT_STORES
+        self.name = f"{filesystem.type_name}:{_endpoint(filesystem)}{self._root}"
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        if not self.has_directories:
+            self._stream(self._at(path), source)
+            return
+        final, partial = self._at(path), self._at(partial_path(path, run_id))
+        self._fs.create_dir(posixpath.dirname(final), recursive=True)
+        try:
+            self._stream(partial, source)
+            self._fs.move(partial, final)
+        except BaseException:
+            self.discard_partial(path, run_id)
+            raise
+
+    def _stream(self, target: str, source: Source) -> None:
+        chunks = [source.read()] if source.size <= _WHOLE_BYTES else source.chunks()
+        # compression=None: the default gzips a file whose name ends in .gz once more.
+        out = self._fs.open_output_stream(target, compression=None)
+        try:
+            for chunk in chunks:
+                out.write(chunk)
+        except BaseException:
+            if not self.has_directories:
+                _never_close(out)
+            raise
+        out.close()
+
+    def remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._at(path))
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        if self.has_directories:
+            with contextlib.suppress(OSError):
+                self._fs.delete_file(self._at(partial_path(path, run_id)))
+
+
+def _never_close(out: Any) -> None:
+    """Keep a half-written object from being published.
+
+    pyarrow can't abort an upload, and both ``close`` and the destructor complete it: the half
+    object would replace the whole one. So the stream is leaked: a few megabytes, in a worker
+    process that ends with the experiment, for an upload that broke off.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(out))
+
+
+def _endpoint(filesystem: Any) -> str:
+    """Two S3 services may have buckets of one name; the endpoint tells them apart."""
+    try:
+        options = filesystem.__reduce__()[1][0]
+        return f"{options['endpoint_override']}/" if options.get("endpoint_override") else ""
+    except (TypeError, LookupError, AttributeError):
+        return ""

@@ -1,0 +1,106 @@
+"""Decides what to do, with a reason for each decision. Pure: no I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from tune_sync_plugin.engine.scan import FileEntry, Fingerprint
+
+
+class Record(NamedTuple):
+    """What storage is known to hold under a path: the file as it was when it was uploaded.
+
+    ``digest`` is set if the fingerprint was racy, so that it alone proves nothing.
+    """
+
+    fingerprint: Fingerprint
+    digest: bytes | None = None
+
+
+class Reason(Enum):
+    """Why a file is uploaded."""
+
+    NEW = "new"
+    APPENDED = "appended"
+    CHANGED = "changed"
+    UNPROVEN = "written too close to the last scan to tell; compare contents first"
+
+
+class Upload(NamedTuple):
+    """A file to upload; ``digest`` is what storage holds if that has to be compared first."""
+
+    entry: FileEntry
+    reason: Reason
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one sync has to do.
+
+    ``removals`` are paths that we uploaded and that now stand where a directory must go, or the
+    other way round. Nothing else is ever removed.
+    """
+
+    uploads: list[Upload] = field(default_factory=list)
+    removals: list[str] = field(default_factory=list)
+    files_unchanged: int = 0
+    bytes_unchanged: int = 0
+
+
+def make_plan(
+    files: Mapping[str, FileEntry], known: Mapping[str, Record], *, has_directories: bool
+) -> Plan:
+    """Compare what is there with what storage holds.
+
+    | local file                         | storage (by the manifest)  | do                    |
+    |------------------------------------|----------------------------|-----------------------|
+    | any                                | nothing                    | upload (NEW)          |
+    | same inode, larger                 | the smaller one            | upload (APPENDED)     |
+    | any other difference               | something                  | upload (CHANGED)      |
+    | same fingerprint, but a racy one   | it, with a digest          | compare (UNPROVEN)    |
+    | same fingerprint                   | it                         | nothing               |
+    | gone                               | something                  | nothing: never delete |
+    | gone, a file is now a directory    | something, on a file system| remove, then upload   |
+
+    Small files go first, so that one large file does not hold up the rest.
+    """
+    uploads: list[Upload] = []
+    files_unchanged = bytes_unchanged = 0
+    for path, entry in files.items():
+        record = known.get(path)
+        new = entry.fingerprint
+        if record is None:
+            uploads.append(Upload(entry, Reason.NEW))
+        elif new != record.fingerprint:
+            old = record.fingerprint
+            grew = new.inode == old.inode and new.size > old.size
+            uploads.append(Upload(entry, Reason.APPENDED if grew else Reason.CHANGED))
+        elif record.digest is not None:
+            uploads.append(Upload(entry, Reason.UNPROVEN, record.digest))
+        else:
+            files_unchanged += 1
+            bytes_unchanged += new.size
+    uploads.sort(key=lambda upload: upload.entry.fingerprint.size)
+    removals = _in_the_way(files, known) if has_directories and uploads else []
+    return Plan(uploads, removals, files_unchanged, bytes_unchanged)
+
+
+def _in_the_way(files: Mapping[str, FileEntry], known: Mapping[str, Record]) -> list[str]:
+    gone = [path for path in known if path not in files]
+    if not gone:
+        return []
+    directories = {parent for path in files for parent in _parents(path)}
+    return [
+        path
+        for path in gone
+        if path in directories or any(parent in files for parent in _parents(path))
+    ]
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts))]

@@ -1,0 +1,135 @@
+"""The destination behind one small protocol, and the choice of who implements it.
+
+Every implementation writes a file whole or not at all: a reader never sees a part of one. Object
+stores do that by nature; file systems get a temporary name next to the final one, then a rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+from typing import Any, Protocol
+
+from tune_sync_plugin.engine.source import Source
+
+
+class Storage(Protocol):
+    """A prefix in some storage, below which paths are relative and ``/``-separated.
+
+    Implementations are used by several threads at once, each on paths of its own.
+    """
+
+    @property
+    def name(self) -> str:
+        """Names the storage and the prefix, without credentials; equal only for the same place."""
+
+    @property
+    def has_directories(self) -> bool:
+        """Whether a file ``a`` and a file ``a/b`` exclude each other."""
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        """Store the source's bytes under ``path``, replacing what was there, in one step."""
+
+    def remove(self, path: str) -> None:
+        """Remove one file, and the directories that this leaves empty; a missing one is fine."""
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        """Remove what an interrupted ``write`` of this path in that run may have left behind."""
+
+
+def storage_at(filesystem: Any, path: str) -> Storage:
+    """The best implementation for a pyarrow or fsspec file system, unwrapped as far as possible.
+
+    Args:
+        filesystem: A ``pyarrow.fs.FileSystem`` (also one around an fsspec file system), or an
+            ``fsspec.AbstractFileSystem``.
+        path: The prefix on that file system.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    import fsspec
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+    from pyarrow import fs as arrow
+
+    if isinstance(filesystem, arrow.SubTreeFileSystem):
+        return storage_at(filesystem.base_fs, posixpath.join(filesystem.base_path, path))
+    if isinstance(filesystem, arrow.PyFileSystem) and isinstance(
+        filesystem.handler, arrow.FSSpecHandler
+    ):
+        return storage_at(filesystem.handler.fs, path)
+    if isinstance(filesystem, DirFileSystem) and filesystem.path:
+        return storage_at(filesystem.fs, posixpath.join(filesystem.path, path))
+    if isinstance(filesystem, LocalFileSystem | arrow.LocalFileSystem):
+        return LocalStorage(path)
+    if isinstance(filesystem, arrow.FileSystem):
+        from tune_sync_plugin.engine.arrow_storage import ArrowStorage
+
+        return ArrowStorage(filesystem, path)
+    if isinstance(filesystem, fsspec.AbstractFileSystem):
+        from tune_sync_plugin.engine.fsspec_storage import FsspecStorage
+
+        return FsspecStorage(filesystem, path)
+    raise TypeError(
+        f"storage_filesystem must be a pyarrow.fs.FileSystem or an fsspec file system, "
+        f"not {type(filesystem).__name__}"
+    )
+
+
+def partial_path(path: str, run_id: str) -> str:
+    """Where a file is written before it gets its name: in the same directory, unique to the run.
+
+    The name's length does not depend on the file's, which may be the longest allowed.
+    """
+    digest = hashlib.sha256(f"{run_id}/{path}".encode()).hexdigest()[:16]
+    return posixpath.join(posixpath.dirname(path), f".tune_sync-{digest}.part")
+
+
+class LocalStorage:
+    """A directory of this machine: its disk, NFS, any mount."""
+
+    has_directories = True
+
+    def __init__(self, root: str) -> None:
+        self._root = os.path.abspath(root)
+        self.name = f"local:{self._root}"
+        self._made: set[str] = set()
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        final = os.path.join(self._root, path)
+        partial = os.path.join(self._root, partial_path(path, run_id))
+        parent = os.path.dirname(final)
+        if parent not in self._made:
+            os.makedirs(parent, exist_ok=True)
+            self._made.add(parent)
+        try:
+            with open(partial, "wb", buffering=0) as out:
+                for chunk in source.chunks():
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[out.write(view) :]
+            os.replace(partial, final)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            # Somebody may have removed the directory under us; the retry makes it anew.
+            self._made.discard(parent)
+            raise
+
+    def remove(self, path: str) -> None:
+        final = os.path.join(self._root, path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(final)
+        self._made.clear()
+        with contextlib.suppress(OSError):  # the first one that is not empty ends it
+            parent = os.path.dirname(final)
+            while parent != self._root:
+                os.rmdir(parent)
+                parent = os.path.dirname(parent)
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(os.path.join(self._root, partial_path(path, run_id)))

@@ -1,0 +1,82 @@
+"""The package's errors, and the facts about any error that decide what happens next.
+
+Whether an error is worth a retry is decided here and nowhere else, as is what of its text may be
+shown: nothing that leaves this package may carry a credential.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+
+class SyncError(Exception):
+    """Base class of every error this package raises.
+
+    Raised as itself at the end of an experiment when ``SyncConfig(strict=True)`` and something
+    could not be synced; the message names it.
+    """
+
+
+class SourceError(SyncError):
+    """A local file could not be read. Never a reason to retry within the same sync."""
+
+
+class SourceChangedError(SourceError):
+    """A local file shrank or vanished while it was read; the next sync takes it."""
+
+
+# An errno that no amount of waiting changes.
+_FATAL_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENAMETOOLONG,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EINVAL,
+    errno.EILSEQ,
+    errno.ENOTSUP,
+}
+
+# pyarrow and the S3 clients raise bare OSErrors whose text is all there is to go by. The text also
+# holds the object's key, so each alternative is a phrase that clients write around such a code.
+_FATAL_TEXT = re.compile(
+    r"AWS Error (?:ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
+    r"|MISSING_AUTHENTICATION_TOKEN|INVALID_CLIENT_TOKEN_ID|UNRECOGNIZED_CLIENT"
+    r"|EXPIRED_TOKEN|INVALID_SIGNATURE|VALIDATION)\b"
+    r"|HTTP status (?:400|401|403|404|405|501)\b"
+    r"|HTTP response code: (?:400|401|403|404|405|501)\b"
+    r"|\((?:AccessDenied|NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken)\)"
+    r"|Unable to locate credentials|NoCredentialsError",
+    re.IGNORECASE,
+)
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether trying the same operation again, a little later, can succeed.
+
+    Unknown errors count as retryable: a needless retry costs seconds, a missing one loses a file.
+    """
+    if isinstance(error, SourceError | PermissionError | NotImplementedError | ValueError):
+        return False
+    if isinstance(error, OSError) and error.errno in _FATAL_ERRNOS:
+        return False
+    return not _FATAL_TEXT.search(str(error))
+
+
+_SECRETS = re.compile(
+    r"(?<=://)[^/@\s]+@"
+    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+"
+    r"|(?<=X-Amz-Security-Token=)[^&\s]+|(?<=[?&]sig=)[^&\s]+",
+    re.IGNORECASE,
+)
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error, with credentials in URLs blanked out."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return _SECRETS.sub("***", text)[:500]

@@ -1,0 +1,183 @@
+"""What a sync did, as data, and the one line a person reads at the end.
+
+Plain values that travel from the sync task to the driver; nothing here imports Ray or does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+EXPERIMENT = "experiment"
+"""The key under which the driver's own directory is synced and reported."""
+
+
+class FileFailure(NamedTuple):
+    """One thing that was not synced, and why.
+
+    Attributes:
+        trial: The trial's id, or ``"experiment"`` for the driver's directory.
+        path: The file, relative to the trial's directory; ``""`` if a whole directory is meant.
+        error: The name of the exception's class, for example ``"TimeoutError"``.
+        message: What was tried, what came back, and what to do where that is known.
+    """
+
+    trial: str
+    path: str
+    error: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"{self.trial}/{self.path}" if self.path else self.trial
+        return f"{where}: {self.error}: {self.message}"
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one sync of one directory on one node did.
+
+    Attributes:
+        files_uploaded: Files sent, and ``bytes_uploaded`` their size in bytes.
+        files_unchanged: Files that storage already held, and ``bytes_unchanged`` their size.
+        failures: What should be in storage and is not.
+        deferred: Files that changed while they were read; the next sync takes them.
+        skipped: Paths that can't be synced by their nature (FIFOs, sockets, devices, loops).
+        warnings: Things that cost time but lose nothing, such as an unusable manifest.
+        duration_s: How long it ran, in seconds.
+        timed_out: Whether it was cut off by ``sync_timeout``.
+    """
+
+    files_uploaded: int = 0
+    bytes_uploaded: int = 0
+    files_unchanged: int = 0
+    bytes_unchanged: int = 0
+    failures: tuple[FileFailure, ...] = ()
+    deferred: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    duration_s: float = 0.0
+    timed_out: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether storage holds everything that was there when the sync started."""
+        return not self.failures and not self.deferred
+
+
+@dataclass
+class TrialReport:
+    """The sum of all syncs of one trial (or of the driver's directory) so far.
+
+    Attributes:
+        syncs: Syncs that ended, the final flush included.
+        bytes_uploaded: Bytes sent, over all syncs.
+        bytes_unchanged: Bytes that did not have to be sent again, over all syncs.
+        files: Files in storage after the last sync.
+        failures: What the last sync of each node left unsynced.
+    """
+
+    syncs: int = 0
+    files_uploaded: int = 0
+    bytes_uploaded: int = 0
+    bytes_unchanged: int = 0
+    last_by_node: dict[str, SyncReport] = field(default_factory=dict)
+
+    def add(self, node_id: str, report: SyncReport) -> None:
+        """Count one more sync, run on ``node_id``."""
+        self.syncs += 1
+        self.files_uploaded += report.files_uploaded
+        self.bytes_uploaded += report.bytes_uploaded
+        self.bytes_unchanged += report.bytes_unchanged
+        self.last_by_node[node_id] = report
+
+    @property
+    def files(self) -> int:
+        return sum(r.files_uploaded + r.files_unchanged for r in self.last_by_node.values())
+
+    @property
+    def failures(self) -> list[FileFailure]:
+        return [failure for r in self.last_by_node.values() for failure in r.failures]
+
+
+@dataclass
+class ExperimentReport:
+    """Everything that was synced in one experiment; ``SyncCallback.report``.
+
+    Attributes:
+        trials: One :class:`TrialReport` per trial id whose artifacts we sync.
+        experiment: The driver's directory (experiment state, results, logs).
+        timeouts: Syncs that were stopped by ``sync_timeout``, at any time, also if a later one
+            succeeded.
+        not_attached: Trials that Ray's own artifact sync still serves, and why.
+        duration_s: Seconds from the callback's ``setup`` to the end of the final flush.
+    """
+
+    trials: dict[str, TrialReport] = field(default_factory=dict)
+    experiment: TrialReport = field(default_factory=TrialReport)
+    timeouts: list[FileFailure] = field(default_factory=list)
+    not_attached: dict[str, str] = field(default_factory=dict)
+    duration_s: float = 0.0
+
+    def of(self, key: str) -> TrialReport:
+        """The part about one trial, or about the driver's directory."""
+        if key == EXPERIMENT:
+            return self.experiment
+        return self.trials.setdefault(key, TrialReport())
+
+    def add(self, key: str, node_id: str, report: SyncReport) -> None:
+        """Count one more sync."""
+        self.of(key).add(node_id, report)
+        self.timeouts += [f for f in report.failures if f.error == "TimeoutError"]
+
+    def _parts(self) -> Iterator[TrialReport]:
+        yield self.experiment
+        yield from self.trials.values()
+
+    @property
+    def failures(self) -> list[FileFailure]:
+        """What is not in storage as far as we know: the failures of each place's last sync."""
+        return [failure for part in self._parts() for failure in part.failures]
+
+    @property
+    def files(self) -> int:
+        """Files in storage."""
+        return sum(part.files for part in self._parts())
+
+    @property
+    def bytes_uploaded(self) -> int:
+        """Bytes sent over all syncs."""
+        return sum(part.bytes_uploaded for part in self._parts())
+
+    @property
+    def bytes_unchanged(self) -> int:
+        """Bytes that were in storage already and were not sent again, over all syncs."""
+        return sum(part.bytes_unchanged for part in self._parts())
+
+    def summary(self) -> str:
+        """One line for the log.
+
+        Example:
+            >>> ExperimentReport().summary()
+            'synced 0 trials: 0 files, 0 B uploaded, 0 B unchanged, 0 failed, 0.0 s'
+        """
+        return (
+            f"synced {len(self.trials)} trials: {self.files} files, "
+            f"{human_bytes(self.bytes_uploaded)} uploaded, "
+            f"{human_bytes(self.bytes_unchanged)} unchanged, "
+            f"{len(self.failures)} failed, {self.duration_s:.1f} s"
+        )
+
+
+def human_bytes(count: float) -> str:
+    """A byte count in decimal units, as storage providers bill them.
+
+    Example:
+        >>> human_bytes(1_234_567)
+        '1.2 MB'
+    """
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
