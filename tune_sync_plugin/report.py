@@ -53,7 +53,7 @@ class SyncReport:
     files_unchanged: int = 0
     bytes_unchanged: int = 0
     failures: tuple[FileFailure, ...] = ()
-    deferred: tuple[str, ...] = ()
+    deferred: tuple[FileFailure, ...] = ()
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     duration_s: float = 0.0
@@ -82,6 +82,7 @@ class TrialReport:
     bytes_uploaded: int = 0
     bytes_unchanged: int = 0
     last_by_node: dict[str, SyncReport] = field(default_factory=dict)
+    _files_by_node: dict[str, int] = field(default_factory=dict)
 
     def add(self, node_id: str, report: SyncReport) -> None:
         """Count one more sync, run on ``node_id``."""
@@ -90,14 +91,21 @@ class TrialReport:
         self.bytes_uploaded += report.bytes_uploaded
         self.bytes_unchanged += report.bytes_unchanged
         self.last_by_node[node_id] = report
+        # A sync that never got to work says nothing about what storage holds.
+        files = report.files_uploaded + report.files_unchanged
+        self._files_by_node[node_id] = files or self._files_by_node.get(node_id, 0)
 
     @property
     def files(self) -> int:
-        return sum(r.files_uploaded + r.files_unchanged for r in self.last_by_node.values())
+        return sum(self._files_by_node.values())
 
     @property
     def failures(self) -> list[FileFailure]:
-        return [failure for r in self.last_by_node.values() for failure in r.failures]
+        return [
+            failure
+            for report in self.last_by_node.values()
+            for failure in (*report.failures, *report.deferred)
+        ]
 
 
 @dataclass

@@ -88,7 +88,7 @@ def _carry_out(
     plan: Plan, scanned: Scan, storage: Storage, manifest: Manifest, limits: Limits, label: str
 ) -> SyncReport:
     failures: list[FileFailure] = []
-    deferred: list[str] = []
+    deferred: list[FileFailure] = []
     files = bytes_sent = 0
     files_same, bytes_same = plan.files_unchanged, plan.bytes_unchanged
     timed_out = False
@@ -116,7 +116,8 @@ def _carry_out(
                 fail("upload of", path, outcome.error)
                 timed_out |= isinstance(outcome.error, TimeoutError)
             else:
-                deferred.append(path)
+                message = f"{outcome.deferred}; the next sync takes it"
+                deferred.append(FileFailure(label, path, "SourceChangedError", message))
             if limits.clock() - last_recorded >= _RECORD_EVERY_S:
                 manifest.record(records)
                 records.clear()

@@ -1,0 +1,323 @@
+"""SyncCallback: Tune's hooks in, sync requests out. No file is touched here.
+
+A hook must not raise (that would end the experiment) and must not block (that would hold up every
+trial). What goes wrong is logged once, kept in the report, and training goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray import tune
+
+from tune_sync_plugin import tune_internals
+from tune_sync_plugin.config import SyncConfig, plain, resolve
+from tune_sync_plugin.dispatcher import Dispatcher
+from tune_sync_plugin.driver_syncer import DriverSyncer
+from tune_sync_plugin.engine.sync import SyncOptions
+from tune_sync_plugin.errors import SyncError, describe
+from tune_sync_plugin.executor import RayExecutor
+from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, SyncReport
+from tune_sync_plugin.tasks import Run, SyncJob, mark_driver_disk
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
+logger = logging.getLogger(__name__)
+
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+
+_MOST_NAMED = 20
+
+
+def _guarded(hook: _Hook) -> _Hook:
+    """Keep a bug of ours from ending the user's experiment."""
+
+    @functools.wraps(hook)
+    def guarded(self: SyncCallback, *args: Any, **kwargs: Any) -> None:
+        if self._active is None:
+            return
+        try:
+            hook(self, *args, **kwargs)
+        except SyncError:
+            raise  # asked for, by strict=True
+        except Exception as error:
+            self._active.warn_once(
+                f"{hook.__name__}: {type(error).__name__}",
+                f"SyncCallback.{hook.__name__} failed, which is a bug in tune_sync_plugin. "
+                f"Training goes on; files may arrive late. {type(error).__name__}: {error}",
+                exc_info=True,
+            )
+
+    return guarded  # type: ignore[return-value]
+
+
+class SyncCallback(tune.Callback):
+    """Syncs a Tune experiment to its storage path: incremental, non-blocking, nothing lost.
+
+    Add it to ``RunConfig(callbacks=[...])``; it reads ``storage_path``, ``storage_filesystem`` and
+    ``sync_config`` from there. It then does what ``ray.tune.SyncConfig`` promises, by remote tasks
+    on the nodes where the files are, in place of Ray's own syncing.
+
+    Args:
+        sync_config: Overrides the RunConfig's; a ``SyncConfig`` or Ray's own. Default: the
+            RunConfig's.
+
+    Raises:
+        ValueError: A setting makes no sense (here, or when the experiment starts).
+        SyncError: At the end of the experiment, if something was not synced and
+            ``SyncConfig(strict=True)``.
+
+    Example:
+        >>> from ray import tune
+        >>> run_config = tune.RunConfig(
+        ...     storage_path="/mnt/nfs/results",
+        ...     sync_config=SyncConfig(sync_artifacts=True, sync_period=60),
+        ...     callbacks=[SyncCallback()],
+        ... )
+    """
+
+    def __init__(self, sync_config: tune.SyncConfig | None = None) -> None:
+        self._given = None if sync_config is None else resolve(sync_config)
+        self._active: _Experiment | None = None
+        self._report = ExperimentReport()
+
+    @property
+    def report(self) -> ExperimentReport:
+        """What has been synced so far; complete when ``Tuner.fit`` has returned."""
+        return self._report
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks with the RunConfig, at any time.
+        return {"_given": self._given, "_active": None, "_report": ExperimentReport()}
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Take the experiment's syncing over from Ray."""
+        self._report = ExperimentReport()
+        self._active = None
+        controller = tune_internals.find_controller()
+        if controller is None:
+            logger.warning(
+                "SyncCallback found no TuneController above it (Ray %s), so Ray's own syncing "
+                "stays on. Use it in RunConfig(callbacks=[...]) or tune.run(callbacks=[...]).",
+                ray.__version__,
+            )
+            return
+        storage = tune_internals.Storage(controller)
+        if isinstance(storage.syncer, DriverSyncer):
+            logger.warning("There is more than one SyncCallback; the first one does the syncing.")
+            return
+        config = self._given or resolve(storage.sync_config)
+        _make_log_visible()
+        try:
+            self._active = _Experiment(storage, config, self._report)
+        except Exception as error:
+            logger.warning(
+                "SyncCallback can't take this experiment's syncing over, Ray's stays on: %s: %s",
+                type(error).__name__,
+                describe(error),
+            )
+            return
+        storage.call_last(_Last(self))
+
+    @_guarded
+    def on_trial_start(self, *, trial: Trial, **info: Any) -> None:
+        """Attach to the trial before its training starts."""
+        assert self._active
+        self._active.trial_started(trial)
+
+    @_guarded
+    def on_trial_result(self, *, trial: Trial, **info: Any) -> None:
+        """Request an artifact sync, subject to ``sync_period``."""
+        assert self._active
+        self._active.dispatcher.request(trial.trial_id, forced=False)
+
+    @_guarded
+    def on_checkpoint(self, *, trial: Trial, **info: Any) -> None:
+        """Request an artifact sync that starts after the checkpoint."""
+        assert self._active
+        if self._active.config.sync_artifacts_on_checkpoint:
+            self._active.dispatcher.request(trial.trial_id, forced=True)
+
+    @_guarded
+    def on_trial_complete(self, *, trial: Trial, **info: Any) -> None:
+        """Sync what the trial has left on its node."""
+        assert self._active
+        self._active.dispatcher.request(trial.trial_id, forced=True)
+
+    @_guarded
+    def on_trial_error(self, *, trial: Trial, **info: Any) -> None:
+        """Rescue what a crashed trial has left on its node."""
+        assert self._active
+        self._active.dispatcher.request(trial.trial_id, forced=True)
+
+    @_guarded
+    def on_trial_recover(self, *, trial: Trial, **info: Any) -> None:
+        """Likewise, if it is going to be restarted."""
+        assert self._active
+        self._active.dispatcher.request(trial.trial_id, forced=True)
+
+    @_guarded
+    def on_step_end(self, **info: Any) -> None:
+        """Let the dispatcher do what is due."""
+        assert self._active
+        self._active.poll()
+
+    @_guarded
+    def _on_everything_ended(self) -> None:
+        experiment, self._active = self._active, None
+        assert experiment
+        experiment.finish()
+
+
+class _Last(tune.Callback):
+    """Stands behind all other callbacks, so that what they write at the end is synced too."""
+
+    def __init__(self, owner: SyncCallback) -> None:
+        self._owner = owner
+
+    def on_experiment_end(self, **info: Any) -> None:
+        self._owner._on_everything_ended()
+
+
+class _Experiment:
+    """What one running experiment needs: who is attached where, and the dispatcher."""
+
+    def __init__(
+        self, storage: tune_internals.Storage, config: SyncConfig, report: ExperimentReport
+    ) -> None:
+        self.config = config
+        self._report = report
+        self._started = time.monotonic()
+        self._warned: set[str] = set()
+        self._attaching: dict[str, tuple[Any, Trial]] = {}
+        self._options = config.options()
+
+        here = ray.get_runtime_context().get_node_id()
+        run = Run(storage.filesystem, storage.session_subdir, f"driver-{here}")
+        mark_driver_disk(run, tune_internals.session_dir())
+        self.dispatcher = Dispatcher(
+            RayExecutor(run),
+            self._on_report,
+            period_s=config.sync_period,
+            timeout_s=config.sync_timeout,
+            max_syncs_per_node=config.max_syncs_per_node,
+        )
+        self.dispatcher.add_target(EXPERIMENT, config.experiment_sync_period)
+        options = SyncOptions(
+            concurrency=config.max_concurrent_transfers, timeout_s=config.sync_timeout
+        )
+        root = tune_internals.EXPERIMENT_ROOT
+        job = SyncJob(EXPERIMENT, (root,), storage.experiment_path, options)
+        self.dispatcher.set_places(EXPERIMENT, {here: job})
+
+        self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
+        storage.set_sync_config(plain(config))
+        storage.syncer = self._syncer
+
+    def warn_once(self, kind: str, message: str, *, exc_info: bool = False) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message, exc_info=exc_info)
+
+    # -- trials ---------------------------------------------------------------------------------
+
+    def trial_started(self, trial: Trial) -> None:
+        actor = tune_internals.trial_actor(trial)
+        if not self.config.sync_artifacts or actor is None:
+            return
+        self.dispatcher.add_target(trial.trial_id)
+        # From now on it may be anywhere; what it left where it was is requested by this.
+        self.dispatcher.set_places(trial.trial_id, {})
+        # Queued in the actor ahead of restore and train, so it comes before the training code.
+        reference = actor.__ray_call__.remote(tune_internals.attach)
+        self._attaching[trial.trial_id] = (reference, trial)
+
+    def _collect_attached(self) -> None:
+        references = [reference for reference, _ in self._attaching.values()]
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        if not ready:
+            return
+        for trial_id, (reference, trial) in list(self._attaching.items()):
+            if reference in ready:
+                del self._attaching[trial_id]
+                self._attached(trial, reference)
+
+    def _attached(self, trial: Trial, reference: Any) -> None:
+        try:
+            nodes = ray.get(reference)
+        except ray.exceptions.RayActorError:
+            return  # the trial died before it began; if Tune restarts it, we attach anew
+        except Exception as error:
+            cause = getattr(error, "cause", None) or error
+            self._report.not_attached[trial.trial_id] = describe(cause)
+            self.warn_once(
+                "attach",
+                f"SyncCallback could not attach to trial {trial.trial_id}, so Ray's own artifact "
+                f"sync stays on for it: {type(cause).__name__}: {describe(cause)}. Is "
+                "tune-sync-plugin installed on every node? (pip install tune-sync-plugin, or "
+                "ray.init(runtime_env=...)) Other such trials are in callback.report.not_attached.",
+            )
+            return
+        self._report.not_attached.pop(trial.trial_id, None)
+        working_dir, trial_dir = tune_internals.trial_roots(trial)
+        destination = tune_internals.trial_destination(trial)
+        job = SyncJob(trial.trial_id, (working_dir,), destination, self._options, (trial_dir,))
+        self.dispatcher.set_places(trial.trial_id, dict.fromkeys(nodes, job))
+
+    # -- the loop and its end -------------------------------------------------------------------
+
+    def poll(self) -> None:
+        self._syncer.step_ended()
+        if self._attaching:
+            self._collect_attached()
+        self.dispatcher.poll()
+
+    def _on_report(self, key: str, node_id: str, report: SyncReport) -> None:
+        self._report.add(key, node_id, report)
+        for warning in report.warnings:
+            self.warn_once(warning, f"SyncCallback on node {node_id[:8]}: {warning}")
+        for failure in report.failures:
+            self.warn_once(
+                failure.error,
+                f"SyncCallback: {failure}. Training goes on and the next sync tries again; "
+                f"further {failure.error}s are only counted, see callback.report.failures.",
+            )
+
+    def finish(self) -> None:
+        """Sync everything once more, then say what was synced and what was not."""
+        try:
+            if self._attaching:
+                self._collect_attached()
+            self.dispatcher.flush(self.config.sync_timeout)
+        finally:
+            self.dispatcher.stop()
+            self._report.duration_s = time.monotonic() - self._started
+        failures = self._report.failures
+        if not failures:
+            logger.info(self._report.summary())
+            return
+        named = "\n".join(f"  {failure}" for failure in failures[:_MOST_NAMED])
+        if len(failures) > _MOST_NAMED:
+            named += f"\n  and {len(failures) - _MOST_NAMED} more, see callback.report.failures"
+        message = f"{self._report.summary()}\nNot synced:\n{named}"
+        logger.warning(message)
+        if self.config.strict:
+            raise SyncError(message)
+
+
+def _make_log_visible() -> None:
+    """Show our log lines as Ray shows its own, unless the application has set logging up."""
+    package = logging.getLogger(__package__)
+    if package.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s\t%(levelname)s %(name)s -- %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)

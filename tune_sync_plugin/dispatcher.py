@@ -1,0 +1,381 @@
+"""Decides when which directory is synced from which node, and keeps account of what is owed.
+
+Pure bookkeeping over an injected clock and executor: no Ray, no files, no sleeping. The rules:
+
+* one sync at a time per target (a trial, or the experiment's directory), so one writer per path;
+* a forced request runs as soon as it may, a plain one not sooner than ``period_s`` after the start
+  of the last; a request made while a sync is under way is kept and never queued twice;
+* what ran out of time is killed and reported, what was batched behind it starts anew;
+* directories of one node that are due together travel in one task.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tune_sync_plugin.events import Ended, Executor, Started, Synced
+from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
+
+# A task stops itself at sync_timeout and says which files were left. One that can't even do that (a
+# stat that hangs on a dead mount) is killed so much later.
+_GRACE_S = 2.0
+# How long a task may wait for its worker process to start.
+_START_S = 60.0
+# Most directories that one task takes: what is batched behind a slow one waits for it.
+_BATCH = 32
+_ALIVE_NODES_TTL_S = 1.0
+# So long before the flush must end its tasks stop themselves, in order to say what they left.
+_END_MARGIN_S = 0.5
+
+
+@dataclass
+class _Place:
+    """A target's directory on one node."""
+
+    node_id: str
+    job: Any
+    wanted: bool = False
+    forced: bool = False
+    lost: bool = False
+    last_start: float = -math.inf
+    last_success: float | None = None
+    last_report: SyncReport = SyncReport()
+
+
+@dataclass
+class _Target:
+    key: str
+    period_s: float
+    places: dict[str, _Place] = field(default_factory=dict)
+    current: list[str] = field(default_factory=list)
+    running: bool = False
+    # Requests made before the first place was known.
+    wanted_early: bool = False
+    forced_early: bool = False
+    # When it stands in the queue for, if it does.
+    queued_for: float = math.inf
+
+    def next_place(self, now: float) -> _Place | None:
+        # Older nodes first: what a trial left behind goes out before what it wrote since.
+        for place in self.places.values():
+            if place.forced or (place.wanted and now >= place.last_start + self.period_s):
+                return place
+        return None
+
+    def next_due(self) -> float:
+        return min(
+            (
+                -math.inf if place.forced else place.last_start + self.period_s
+                for place in self.places.values()
+                if place.forced or place.wanted
+            ),
+            default=math.inf,
+        )
+
+
+@dataclass
+class _Batch:
+    handle: Any
+    lane: tuple[str, bool]
+    items: deque[tuple[_Target, _Place]]
+    submitted: float
+    item_started: float | None = None
+
+
+class Dispatcher:
+    """See the module's docstring.
+
+    Args:
+        executor: Runs the jobs.
+        on_report: Called with the target's key, the node's id and what a sync there did.
+        period_s: Least seconds between the starts of two syncs of a trial.
+        timeout_s: Seconds after which a sync is killed.
+        max_syncs_per_node: Tasks at once on a node. The experiment's directory has one more of its
+            own, so that artifacts never hold up the experiment's state.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        on_report: Callable[[str, str, SyncReport], None],
+        *,
+        period_s: float,
+        timeout_s: float,
+        max_syncs_per_node: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._executor = executor
+        self._on_report = on_report
+        self._period_s = period_s
+        self._timeout_s = timeout_s
+        self._max_per_node = max_syncs_per_node
+        self._clock = clock
+        self._targets: dict[str, _Target] = {}
+        self._queue: list[tuple[float, int, str]] = []
+        self._tie = itertools.count()
+        # A lane is a node and whether it is for the experiment's directory.
+        self._ready: dict[tuple[str, bool], deque[_Target]] = {}
+        self._batches: list[_Batch] = []
+        self._alive: tuple[float, set[str]] = (-math.inf, set())
+        # When the final flush must be over.
+        self._end = math.inf
+
+    # -- what is where, and what is wanted ------------------------------------------------------
+
+    def add_target(self, key: str, period_s: float | None = None) -> None:
+        """Make a target known. Adding it again changes nothing."""
+        self._targets.setdefault(
+            key, _Target(key, self._period_s if period_s is None else period_s)
+        )
+
+    def set_places(self, key: str, jobs: dict[str, Any]) -> None:
+        """Say on which nodes a target's directories are from now on, and the job that syncs each.
+
+        Places it had before stay known: what they still hold unsynced is requested at once, and
+        the final flush visits them again.
+        """
+        target = self._targets[key]
+        for node_id in target.current:
+            if node_id not in jobs:
+                self._want(target.places[node_id], forced=True)
+        for node_id, job in jobs.items():
+            # Moved to the end: the order of places is the order in which the trial was there.
+            place = target.places.pop(node_id, None) or _Place(node_id, job)
+            target.places[node_id] = place
+            place.job, place.lost = job, False
+        target.current = list(jobs)
+        if target.wanted_early:
+            for node_id in jobs:
+                self._want(target.places[node_id], target.forced_early)
+            target.wanted_early = target.forced_early = False
+        self._enqueue(target)
+
+    def request(self, key: str, *, forced: bool) -> None:
+        """Ask for a sync of a target from where it is now. Unknown targets are ignored."""
+        target = self._targets.get(key)
+        if target is None:
+            return
+        if not target.current:
+            target.wanted_early = True
+            target.forced_early |= forced
+            return
+        changed = False
+        for node_id in target.current:
+            changed |= self._want(target.places[node_id], forced)
+        if changed:
+            self._enqueue(target)
+
+    @staticmethod
+    def _want(place: _Place, forced: bool) -> bool:
+        if place.wanted and (place.forced or not forced):
+            return False
+        place.wanted, place.forced = True, place.forced or forced
+        return True
+
+    def _enqueue(self, target: _Target) -> None:
+        if target.running:
+            return  # looked at again when that sync ends
+        due = target.next_due()
+        if due < target.queued_for:
+            target.queued_for = due
+            heapq.heappush(self._queue, (due, next(self._tie), target.key))
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in what has finished, end what ran out of time, start what is due. Never blocks."""
+        if self._batches:
+            for batch in list(self._batches):
+                self._advance(batch)
+        if self._queue and self._queue[0][0] <= self._clock():
+            self._collect_due()
+        if self._ready:
+            self._start()
+
+    def _advance(self, batch: _Batch) -> None:
+        for event in self._executor.poll(batch.handle):
+            now = self._clock()
+            if isinstance(event, Started):
+                batch.item_started = now
+            elif isinstance(event, Synced):
+                batch.item_started = now
+                self._finish(*batch.items.popleft(), event.report)
+                if event.report.timed_out:
+                    # Its threads still hang in there; only the end of the process ends them.
+                    self._drop(batch, kill=True)
+                    return
+            else:
+                self._ended(batch, event)
+                return
+        now = self._clock()
+        if batch.item_started is None:
+            if now - batch.submitted > max(_START_S, self._timeout_s):
+                self._give_up(
+                    batch, f"the sync task did not start for {now - batch.submitted:.0f} s"
+                )
+        elif now - batch.item_started > self._timeout_s + _GRACE_S:
+            self._give_up(batch, f"killed after sync_timeout={self._timeout_s:g} s")
+
+    def _ended(self, batch: _Batch, event: Ended) -> None:
+        # A task that never began failed for all its jobs; else for the one it was at.
+        failed = len(batch.items) if batch.item_started is None else 1
+        error = event.error or "SyncError"
+        message = event.message or "the sync task ended early"
+        for _ in range(min(failed, len(batch.items))):
+            target, place = batch.items.popleft()
+            self._finish(target, place, _failed(target.key, error, message))
+        self._drop(batch, kill=False)
+
+    def _give_up(self, batch: _Batch, why: str) -> None:
+        target, place = batch.items.popleft()
+        report = _failed(target.key, "TimeoutError", f"sync on node {place.node_id[:8]}: {why}")
+        self._finish(target, place, replace(report, timed_out=True))
+        self._drop(batch, kill=True)
+
+    def _drop(self, batch: _Batch, *, kill: bool) -> None:
+        if kill:
+            self._executor.kill(batch.handle)
+        self._batches.remove(batch)
+        for target, place in batch.items:  # never begun
+            target.running = False
+            self._want(place, forced=True)
+            self._enqueue(target)
+
+    def _finish(self, target: _Target, place: _Place, report: SyncReport) -> None:
+        target.running = False
+        place.last_report = report
+        if report.complete:
+            place.last_success = self._clock()
+        self._on_report(target.key, place.node_id, report)
+        self._enqueue(target)
+
+    def _collect_due(self) -> None:
+        now = self._clock()
+        while self._queue and self._queue[0][0] <= now:
+            due, _, key = heapq.heappop(self._queue)
+            target = self._targets[key]
+            if due != target.queued_for:
+                continue  # an older entry, overtaken by an earlier one
+            target.queued_for = math.inf
+            place = None if target.running else target.next_place(now)
+            if place:
+                target.running = True
+                lane = (place.node_id, key == EXPERIMENT)
+                self._ready.setdefault(lane, deque()).append(target)
+
+    def _start(self) -> None:
+        now = self._clock()
+        for lane in list(self._ready):
+            node_id, for_experiment = lane
+            waiting = self._ready[lane]
+            if not self._is_alive(node_id, now):
+                for target in waiting:
+                    self._lose(target, target.places[node_id], now)
+                del self._ready[lane]
+                continue
+            slots = 1 if for_experiment else self._max_per_node
+            slots -= sum(batch.lane == lane for batch in self._batches)
+            while waiting and slots > 0:
+                # Spread over the free slots first, so that two big trials don't share a task.
+                size = min(_BATCH, math.ceil(len(waiting) / slots))
+                self._submit(lane, [waiting.popleft() for _ in range(size)], now)
+                slots -= 1
+            if not waiting:
+                del self._ready[lane]
+
+    def _submit(self, lane: tuple[str, bool], targets: list[_Target], now: float) -> None:
+        items = deque((target, target.places[lane[0]]) for target in targets)
+        for _, place in items:
+            place.wanted = place.forced = False
+            place.last_start = now
+        try:
+            budget_s = max(self._end - _END_MARGIN_S - now, 0.0)
+            handle = self._executor.submit(lane[0], [place.job for _, place in items], budget_s)
+        except Exception as error:
+            for target, place in items:
+                message = f"starting the sync task failed: {error}"
+                self._finish(target, place, _failed(target.key, type(error).__name__, message))
+            return
+        self._batches.append(_Batch(handle, lane, items, now))
+
+    def _is_alive(self, node_id: str, now: float) -> bool:
+        asked, alive = self._alive
+        # A node that is not in the list may have joined since.
+        if now - asked > _ALIVE_NODES_TTL_S or node_id not in alive:
+            self._alive = (now, self._executor.alive_nodes())
+        return node_id in self._alive[1]
+
+    def _lose(self, target: _Target, place: _Place, now: float) -> None:
+        place.lost, place.wanted, place.forced = True, False, False
+        since = (
+            "it was never synced"
+            if place.last_success is None
+            else (f"its last complete sync ended {now - place.last_success:.0f} s ago")
+        )
+        message = f"node {place.node_id[:8]} is gone; {since}, what was written since is lost"
+        self._finish(target, place, _failed(target.key, "NodeDiedError", message))
+
+    # -- waiting --------------------------------------------------------------------------------
+
+    def settle(self, keys: Iterable[str], timeout_s: float) -> bool:
+        """Poll until nothing forced or running is left for ``keys``; False if time ran out."""
+        deadline = self._clock() + timeout_s
+        targets = [self._targets[key] for key in keys if key in self._targets]
+        while True:
+            self.poll()
+            targets = [t for t in targets if t.running or t.next_due() == -math.inf]
+            if not targets:
+                return True
+            remaining = deadline - self._clock()
+            if remaining <= 0:
+                return False
+            self._executor.wait([b.handle for b in self._batches], min(remaining, 0.1))
+
+    def flush(self, timeout_s: float) -> None:
+        """One more sync of every place of every target; what is not done in time is named."""
+        self._end = self._clock() + timeout_s
+        for target in self._targets.values():
+            for place in target.places.values():
+                if not place.lost:
+                    self._want(place, forced=True)
+            self._enqueue(target)
+        if self.settle(list(self._targets), timeout_s):
+            return
+        for batch in list(self._batches):
+            while batch.items:
+                target, place = batch.items.popleft()
+                self._unfinished(target, place, "under way", timeout_s)
+            self._drop(batch, kill=True)
+        for target in self._targets.values():
+            for place in target.places.values():
+                if place.forced:
+                    place.wanted = place.forced = False
+                    self._unfinished(target, place, "not begun", timeout_s)
+
+    def _unfinished(self, target: _Target, place: _Place, state: str, timeout_s: float) -> None:
+        message = (
+            f"the final sync from node {place.node_id[:8]} was {state} when the flush ran out of "
+            f"its {timeout_s:g} s (sync_timeout)"
+        )
+        # What the last sync named by path stays named.
+        failure = FileFailure(target.key, "", "TimeoutError", message)
+        earlier = place.last_report.failures
+        self._finish(target, place, SyncReport(failures=(*earlier, failure)))
+
+    def stop(self) -> None:
+        """Kill whatever is still under way."""
+        for batch in self._batches:
+            self._executor.kill(batch.handle)
+        self._batches.clear()
+
+
+def _failed(key: str, error: str, message: str) -> SyncReport:
+    return SyncReport(failures=(FileFailure(key, "", error, message),))

@@ -1,0 +1,71 @@
+"""Stands in for Ray's syncer of the experiment's directory: its calls become our requests.
+
+Ray's experiment snapshots make them from Tune's loop; no call but the last one blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from tune_sync_plugin.dispatcher import Dispatcher
+from tune_sync_plugin.report import EXPERIMENT, ExperimentReport
+
+
+class DriverSyncer:
+    """Turns ``sync_up`` and ``wait`` into requests for the experiment's target.
+
+    Ray says that a snapshot is forced by calling ``wait()`` before ``sync_up()``, and that it wants
+    to block (once, at the end of the run) by calling ``wait()`` after it as well. A ``wait`` in
+    front only announces: the dispatcher never runs two syncs of a target at once anyway.
+
+    Whatever else Ray may ask of a syncer, Ray's own does.
+
+    Copies of the storage context go to every trial, and with them to workers: what is pickled or
+    copied of this is the syncer that Ray made, which serves trials that we could not attach to.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, report: ExperimentReport, rays_own: Any, timeout_s: float
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._report = report
+        self._rays_own = rays_own
+        self._timeout_s = timeout_s
+        self._forced = False
+        self._requested = False
+
+    def sync_up(self, local_dir: str, remote_dir: str, exclude: list[str] | None = None) -> bool:
+        """Request a sync. ``True`` also if the period holds it back: it is going to happen."""
+        self._dispatcher.request(EXPERIMENT, forced=self._forced)
+        self._dispatcher.poll()
+        self._requested, self._forced = self._forced, False
+        return True
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Announce a forced sync, or wait for the one just requested.
+
+        Raises:
+            TimeoutError: It took longer than ``sync_timeout``.
+            RuntimeError: Some of the directory is not in storage; says what and why.
+        """
+        if not self._requested:
+            self._forced = True
+            return
+        self._requested = False
+        if not self._dispatcher.settle([EXPERIMENT], timeout or self._timeout_s):
+            raise TimeoutError(f"no end of the experiment's sync within {self._timeout_s:g} s")
+        failures = self._report.experiment.failures
+        if failures:
+            raise RuntimeError("; ".join(map(str, failures[:3])))
+
+    def step_ended(self) -> None:
+        """A ``wait`` after this belongs to a new snapshot."""
+        self._requested = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rays_own, name)
+
+    def __reduce__(self) -> Any:
+        # A function of the standard library: this package may be missing where it is unpickled.
+        return copy.copy, (self._rays_own,)

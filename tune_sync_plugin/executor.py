@@ -1,0 +1,74 @@
+"""Runs sync jobs as Ray tasks pinned to nodes: the dispatcher's Executor, on Ray's public API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tune_sync_plugin.errors import describe
+from tune_sync_plugin.events import Ended, Event
+from tune_sync_plugin.tasks import Run, SyncJob, sync_directories
+
+
+class RayExecutor:
+    """Submits :func:`tasks.sync_directories`, one generator task per batch of jobs.
+
+    The tasks ask for no CPU, so that they run beside trials that fill the node, and are never
+    retried by Ray: the dispatcher knows better when.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._task = ray.remote(num_cpus=0, max_retries=0)(sync_directories)
+
+    def submit(self, node_id: str, jobs: Sequence[SyncJob], budget_s: float) -> Any:
+        """Start the jobs in one task on that node."""
+        task = self._task.options(
+            name=f"tune_sync:{jobs[0].key}" + (f"+{len(jobs) - 1}" if len(jobs) > 1 else ""),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        return task.remote(jobs, self._run, budget_s)
+
+    def poll(self, handle: Any) -> list[Event]:
+        """What the task has reported since the last call."""
+        events: list[Event] = []
+        while ray.wait([handle], timeout=0, fetch_local=False)[0]:
+            try:
+                events.append(ray.get(next(handle)))
+            except StopIteration:
+                events.append(Ended())
+                break
+            except Exception as error:
+                events.append(_ended(error))
+                break
+        return events
+
+    def kill(self, handle: Any) -> None:
+        """End the task's worker process."""
+        ray.cancel(handle, force=True)
+
+    def wait(self, handles: Sequence[Any], timeout_s: float) -> None:
+        """Return when one of them has something to report, or after the timeout."""
+        if handles:
+            ray.wait(list(handles), timeout=timeout_s, fetch_local=False)
+        else:
+            time.sleep(min(timeout_s, 0.01))
+
+    def alive_nodes(self) -> set[str]:
+        """The ids of the cluster's live nodes."""
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _ended(error: Exception) -> Ended:
+    cause = getattr(error, "cause", None) or error
+    message = describe(cause)
+    if isinstance(cause, ImportError):
+        message += (
+            "; tune_sync_plugin and the storage's library must be importable on every node: "
+            'pip install tune-sync-plugin there, or ray.init(runtime_env={"pip": [...]})'
+        )
+    return Ended(type(cause).__name__, message)

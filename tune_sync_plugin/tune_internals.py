@@ -1,0 +1,136 @@
+"""Everything we touch of Ray that Ray does not promise, each with its reason, and nothing else.
+
+If a Ray release breaks this package, it breaks here. Checked on Ray 2.44.1 and 2.60.0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+if TYPE_CHECKING:
+    from ray import tune
+    from ray.tune.experiment import Trial
+
+# CallbackList.setup <- TuneController.setup_experiments, with room for wrappers in between.
+_FRAMES_UP = 12
+
+
+def session_dir() -> str:
+    """Where Ray Tune keeps runs on the node this is called on; each node has its own.
+
+    No public API tells it. The same expression as ``ray.train.constants``', whose import costs a
+    new worker process more than a second.
+    """
+    return f"{ray._private.worker._global_node.get_session_dir_path()}/artifacts"
+
+
+def find_controller() -> Any | None:
+    """The TuneController that is calling a callback's ``setup``, from the call stack.
+
+    Callbacks are given trials, whose storage contexts are copies; only the controller has the one
+    whose ``syncer`` uploads the experiment's state.
+    """
+    from ray.tune.execution.tune_controller import TuneController
+
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES_UP):
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, TuneController):
+            return caller
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
+
+
+class Storage:
+    """The controller's StorageContext: where the experiment goes, and who takes it there."""
+
+    def __init__(self, controller: Any) -> None:
+        self._controller = controller
+        self._context = controller._storage
+
+    @property
+    def filesystem(self) -> Any:
+        return self._context.storage_filesystem
+
+    @property
+    def experiment_path(self) -> str:
+        return str(self._context.experiment_fs_path)
+
+    @property
+    def session_subdir(self) -> str:
+        """The run's directory below :func:`session_dir`, on every node."""
+        return f"{self._context._timestamp}/{self._context.experiment_dir_name}"
+
+    @property
+    def sync_config(self) -> tune.SyncConfig:
+        config: tune.SyncConfig = self._context.sync_config
+        return config
+
+    def set_sync_config(self, config: tune.SyncConfig) -> None:
+        """Give Ray's own sync these settings, in trials that are there and those to come.
+
+        A trial's context is a copy of the controller's and travels to its worker, where a class
+        that is not installed would end the trial: so this must be Ray's own class.
+        """
+        self._context.sync_config = config
+        for trial in self._controller.get_trials():
+            trial.storage.sync_config = config
+
+    @property
+    def syncer(self) -> Any:
+        return self._context.syncer
+
+    @syncer.setter
+    def syncer(self, syncer: Any) -> None:
+        self._context.syncer = syncer
+
+    def call_last(self, callback: tune.Callback) -> None:
+        """Add a callback behind all others, Ray's default loggers included.
+
+        Appended, not moved: the state of callbacks is saved by their position.
+        """
+        self._controller._callbacks._callbacks.append(callback)
+
+
+def trial_roots(trial: Trial) -> tuple[str, str]:
+    """A trial's working directory, and what ``get_trial_dir()`` names, in the run's directory.
+
+    The second lies in the driver's staging area even on nodes that are not the driver's.
+    """
+    name = trial.storage.trial_dir_name
+    return f"working_dirs/{name}", f"driver_artifacts/{name}"
+
+
+EXPERIMENT_ROOT = "driver_artifacts"
+
+
+def trial_destination(trial: Trial) -> str:
+    """The trial's prefix on the storage file system."""
+    return str(trial.storage.trial_fs_path)
+
+
+def trial_actor(trial: Trial) -> Any | None:
+    """The actor that runs a trial; set before ``on_trial_start`` is called."""
+    return trial.temporary_state.ray_actor
+
+
+def attach(trainable: Any) -> list[str]:
+    """Take over a trial's artifacts; runs inside its actor, before its training code does.
+
+    Turns Ray's artifact sync off for this trial (a function trainable's session holds the same
+    context object) and returns the ids of the nodes that the trial has a share of.
+    """
+    context = trainable._storage
+    context.sync_config = dataclasses.replace(context.sync_config, sync_artifacts=False)
+    here = ray.get_runtime_context().get_node_id()
+    group = ray.util.get_current_placement_group()
+    if group is None or group.bundle_count == 1:
+        return [here]
+    placed = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
+    return [here, *sorted({node for node in placed if node} - {here})]
