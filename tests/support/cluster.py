@@ -1,6 +1,7 @@
 """A Ray cluster of several real nodes on this machine, each with a disk (temp_dir) of its own.
 
 What belongs here: starting, killing and removing nodes. What runs on them is the tests' business.
+All nodes share one IP address: tell them apart by node id.
 All paths are short because Ray puts unix sockets, limited to about 100 characters, below them.
 """
 
@@ -13,10 +14,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
+import ray._private.services
 from ray.cluster_utils import Cluster
 
+HOST = "127.0.0.1"  # with any other address, 127.0.0.2 too, Ray listens on all interfaces
 REPOSITORY = Path(__file__).resolve().parents[2]
 _DETECTION = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500}
 
@@ -38,7 +42,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 def _python_path() -> str:
     """Where Ray's processes find `tune_sync_plugin` and `tests`."""
-    paths = [str(REPOSITORY / "src"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(filter(None, paths))
 
 
@@ -102,18 +106,27 @@ class LocalCluster:
             self._start_node(
                 num_cpus=self._head_num_cpus,
                 include_dashboard=False,
+                no_monitor=True,
                 _system_config=_DETECTION,
             )
             for _ in range(self._workers):
                 self.add_node()
-            ray.init(
-                address=self.address, log_to_driver=self._log_to_driver, logging_level="WARNING"
-            )
+            self._connect()
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+    def _connect(self) -> None:
+        # ray.init would turn the loopback address into the machine's, where no node listens.
+        with mock.patch.object(ray._private.services, "resolve_ip_for_localhost", str):
+            ray.init(
+                address=self.address,
+                _node_ip_address=HOST,
+                log_to_driver=self._log_to_driver,
+                logging_level="WARNING",
+            )
 
     def _stop(self) -> None:
         ray.shutdown()
@@ -126,6 +139,7 @@ class LocalCluster:
         self.temp_dirs.append(temp_dir)
         node = self._cluster.add_node(
             temp_dir=str(temp_dir),
+            node_ip_address=HOST,
             object_store_memory=self._object_store_bytes,
             include_log_monitor=self._log_to_driver,
             env_vars={"PYTHONPATH": _python_path(), **self._env_vars, **(env_vars or {})},
@@ -159,7 +173,10 @@ class LocalCluster:
         )
 
     def kill_node(self, number: int) -> None:
-        """Kill worker `number` (from 1) with SIGKILL, as a machine that loses power."""
+        """Kill worker `number` (from 1) with SIGKILL, as a machine that loses power.
+
+        Returns at once; the cluster marks the node dead some 2.5 s later.
+        """
         self._cluster.remove_node(self._nodes[number], allow_graceful=False)
 
     @property

@@ -26,6 +26,8 @@ from urllib.parse import unquote
 HOST = "127.0.0.1"
 _CHUNK = 64 * 1024
 _SOCKET_BUFFER = 128 * 1024  # bytes; what the kernel may hold back from the token bucket
+_SEGMENT = 1460  # bytes; with loopback's 64 KiB a client's own kernel takes megabytes at once
+_CREDIT_S = 0.02  # how much unused bandwidth may be caught up on
 _ERRORS = {403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "SlowDown"}
 _ACTION = re.compile(r"hang|reset|status:[2-5]\d\d|delay:\d+(\.\d+)?")
 _BROKEN = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
@@ -94,6 +96,7 @@ class Proxy:
         self._process = process
         self._control_port = control_port
         self.port = port
+        self.pid = process.pid
 
     @classmethod
     def start(cls, upstream_host: str, upstream_port: int) -> Proxy:
@@ -204,7 +207,7 @@ class _Rule:
 
 
 class _TokenBucket:
-    """One budget of bytes per second, handed out in order of arrival, without a burst."""
+    """One budget of bytes per second, handed out in order of arrival."""
 
     def __init__(self) -> None:
         self._rate: float | None = None
@@ -227,7 +230,9 @@ class _TokenBucket:
         if self._rate is None:
             return
         now_s = asyncio.get_running_loop().time()
-        self._free_at_s = max(now_s, self._free_at_s) + count / self._rate
+        self._free_at_s = max(now_s - _CREDIT_S, self._free_at_s) + count / self._rate
+        if self._free_at_s <= now_s:
+            return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._changed.wait(), self._free_at_s - now_s)
 
@@ -305,6 +310,10 @@ def _abort(writer: asyncio.StreamWriter, *, reset: bool = False) -> None:
     writer.transport.abort()
 
 
+def _succeeded(task: asyncio.Future[None]) -> bool:
+    return task.done() and task.exception() is None
+
+
 class _Upstream:
     """The server-side connection that belongs to one client connection."""
 
@@ -356,6 +365,8 @@ class _Server:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handle one client connection until either side ends it."""
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio only sets upstream's
         writer.transport.set_write_buffer_limits(high=_CHUNK)
         upstream = _Upstream(self._upstream)
         try:
@@ -399,12 +410,17 @@ class _Server:
         sending = asyncio.ensure_future(self._send(head, reader, up_writer, record))
         answering = asyncio.ensure_future(self._answer(head, up_reader, writer, record))
         try:
-            await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_EXCEPTION)
-            for task in (answering, sending):
-                if task.done():
-                    task.result()
-            keep = answering.result()
-            return keep and sending.done() and not head.closes
+            await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done() and head.expects_continue and record.body_bytes == 0:
+                return answering.result() and False  # refused: the body will not come
+            client_is_there = not reader.at_eof() and reader.exception() is None
+            if sending.done() and sending.exception() and client_is_there:
+                await asyncio.wait({answering}, timeout=5)  # the server may have said why
+            else:
+                await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_EXCEPTION)
+            if sending.done() and (error := sending.exception()) and not answering.done():
+                raise error
+            return answering.result() and _succeeded(sending) and not head.closes
         finally:
             sending.cancel()
             answering.cancel()
@@ -478,6 +494,7 @@ async def _main(upstream_host: str, upstream_port: str) -> None:
     server = _Server((upstream_host, int(upstream_port)))
     listener = socket.create_server((HOST, 0), backlog=512)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)  # inherited
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT)
     await asyncio.start_server(server.serve, sock=listener, limit=_CHUNK)
     control = await asyncio.start_server(server.control, HOST, 0)
     print(listener.getsockname()[1], control.sockets[0].getsockname()[1], flush=True)
