@@ -6,6 +6,7 @@ proxy, and returns figures. The tests assert ours; ``python -m benchmarks.agains
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -293,6 +294,36 @@ def period(link: Link, by: str) -> Outcome:
         del os.environ["TUNE_GLOBAL_CHECKPOINT_S"]
     outcome.extra["log"] = outcome.uploads(r"/log\.txt")
     outcome.extra["state"] = outcome.uploads(r"/experiment_state-")
+    return outcome
+
+
+# -- 8: results across a restart ---------------------------------------------------------------
+
+RESTART_STEPS = 45
+
+
+def _train_restarts(config: dict[str, Any]) -> None:
+    start = 0
+    checkpoint = tune.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as directory:
+            start = int(Path(directory, "step").read_text()) + 1
+    for step in range(start, RESTART_STEPS):
+        if step == 40 and not checkpoint:
+            raise RuntimeError("the trial fails once")
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, "step").write_text(str(step))
+            tune.report({"step": step}, checkpoint=tune.Checkpoint.from_directory(directory))
+        time.sleep(0.4)
+
+
+def restarted_trial(link: Link, by: str) -> Outcome:
+    """A trial fails after 40 results and goes on from its checkpoint."""
+    failure_config = tune.FailureConfig(max_failures=1)
+    run_config = {"failure_config": failure_config}
+    outcome = fit(link, _train_restarts, by=by, run_config=run_config)
+    lines = outcome.content("result.json").splitlines()
+    outcome.extra["results"] = len({json.loads(line)["step"] for line in lines})
     return outcome
 
 
