@@ -213,13 +213,19 @@ class _Experiment:
         options = SyncOptions(
             concurrency=config.max_concurrent_transfers, timeout_s=config.sync_timeout
         )
-        root = tune_internals.EXPERIMENT_ROOT
-        job = SyncJob(EXPERIMENT, (root,), storage.experiment_path, options)
+        job = SyncJob(
+            EXPERIMENT,
+            (storage.driver_directory,),
+            storage.experiment_path,
+            options,
+            must_exist=True,
+        )
         self.dispatcher.set_places(EXPERIMENT, {here: job})
 
         self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
         storage.set_sync_config(plain(config))
         storage.syncer = self._syncer
+        storage.keep_local_results()
 
     def warn_once(self, kind: str, message: str, *, exc_info: bool = False) -> None:
         if kind not in self._warned:
@@ -251,7 +257,7 @@ class _Experiment:
 
     def _attached(self, trial: Trial, reference: Any) -> None:
         try:
-            nodes = ray.get(reference)
+            logdir, nodes = ray.get(reference)
         except ray.exceptions.RayActorError:
             return  # the trial died before it began; if Tune restarts it, we attach anew
         except Exception as error:
@@ -268,7 +274,8 @@ class _Experiment:
         self._report.not_attached.pop(trial.trial_id, None)
         working_dir, trial_dir = tune_internals.trial_roots(trial)
         destination = tune_internals.trial_destination(trial)
-        job = SyncJob(trial.trial_id, (working_dir,), destination, self._options, (trial_dir,))
+        roots = (working_dir, logdir)
+        job = SyncJob(trial.trial_id, roots, destination, self._options, (trial_dir,))
         self.dispatcher.set_places(trial.trial_id, dict.fromkeys(nodes, job))
 
     # -- the loop and its end -------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ray import tune
@@ -84,7 +84,8 @@ class SyncConfig(tune.SyncConfig):
 
     def _seconds(self, name: str, value: object, *, positive: bool) -> None:
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not math.isfinite(value) or value < 0 or (positive and value == 0):  # type: ignore[arg-type,operator]
+        # Compared, which nan fails; math.isfinite raises OverflowError for huge integers.
+        if not numeric or not 0 <= value <= sys.float_info.max or (positive and value == 0):  # type: ignore[operator]
             raise self._error(name, f"a number of seconds {'>' if positive else '>='} 0")
 
     def _error(self, name: str, wanted: str) -> ValueError:
@@ -101,13 +102,13 @@ class SyncConfig(tune.SyncConfig):
 
 
 def resolve(given: tune.SyncConfig | None) -> SyncConfig:
-    """Our settings for whatever the user gave: ours as they are, Ray's with our defaults.
+    """Our settings for whatever the user gave: a copy of ours, or Ray's with our defaults.
 
     Raises:
         ValueError: A value makes no sense; the message names the field.
     """
     if isinstance(given, SyncConfig):
-        return given
+        return replace(given)  # checked again: a field may have been assigned since
     return SyncConfig(**_ray_fields(given)) if given else SyncConfig()
 
 

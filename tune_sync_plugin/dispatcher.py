@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Ended, Executor, Started, Synced
 from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
@@ -63,11 +64,18 @@ class _Target:
     queued_for: float = math.inf
 
     def next_place(self, now: float) -> _Place | None:
-        # Older nodes first: what a trial left behind goes out before what it wrote since.
-        for place in self.places.values():
-            if place.forced or (place.wanted and now >= place.last_start + self.period_s):
-                return place
-        return None
+        due = (
+            place
+            for place in self.places.values()
+            if place.forced or (place.wanted and now >= place.last_start + self.period_s)
+        )
+
+        # What a trial left behind goes out before what it wrote since, older nodes first. The nodes
+        # it is on now take turns: requests that keep coming must not keep one of them waiting.
+        def turn(place: _Place) -> float:
+            return place.last_start if place.node_id in self.current else -math.inf
+
+        return min(due, key=turn, default=None)
 
     def next_due(self) -> float:
         return min(
@@ -152,7 +160,7 @@ class Dispatcher:
             target.places[node_id] = place
             place.job, place.lost = job, False
         target.current = list(jobs)
-        if target.wanted_early:
+        if jobs and target.wanted_early:
             for node_id in jobs:
                 self._want(target.places[node_id], target.forced_early)
             target.wanted_early = target.forced_early = False
@@ -175,7 +183,7 @@ class Dispatcher:
 
     @staticmethod
     def _want(place: _Place, forced: bool) -> bool:
-        if place.wanted and (place.forced or not forced):
+        if place.lost or (place.wanted and (place.forced or not forced)):
             return False
         place.wanted, place.forced = True, place.forced or forced
         return True
@@ -208,9 +216,16 @@ class Dispatcher:
             elif isinstance(event, Synced):
                 batch.item_started = now
                 self._finish(*batch.items.popleft(), event.report)
+                if batch.items:
+                    batch.items[0][1].last_start = now
                 if event.report.timed_out:
                     # Its threads still hang in there; only the end of the process ends them.
                     self._drop(batch, kill=True)
+                    return
+                if not batch.items:
+                    # Over for us. Not kept until it says so itself: killing a task that is about
+                    # to end can hit the next one in its worker, or crash the driver (Ray 2.60).
+                    self._drop(batch, kill=False)
                     return
             else:
                 self._ended(batch, event)
@@ -301,7 +316,7 @@ class Dispatcher:
             handle = self._executor.submit(lane[0], [place.job for _, place in items], budget_s)
         except Exception as error:
             for target, place in items:
-                message = f"starting the sync task failed: {error}"
+                message = f"starting the sync task failed: {describe(error)}"
                 self._finish(target, place, _failed(target.key, type(error).__name__, message))
             return
         self._batches.append(_Batch(handle, lane, items, now))
@@ -344,16 +359,17 @@ class Dispatcher:
         self._end = self._clock() + timeout_s
         for target in self._targets.values():
             for place in target.places.values():
-                if not place.lost:
-                    self._want(place, forced=True)
+                self._want(place, forced=True)
             self._enqueue(target)
         if self.settle(list(self._targets), timeout_s):
             return
         for batch in list(self._batches):
-            while batch.items:
+            if batch.items and batch.item_started is not None:
                 target, place = batch.items.popleft()
+                place.wanted = place.forced = False
                 self._unfinished(target, place, "under way", timeout_s)
             self._drop(batch, kill=True)
+        self._ready.clear()
         for target in self._targets.values():
             for place in target.places.values():
                 if place.forced:
@@ -365,10 +381,11 @@ class Dispatcher:
             f"the final sync from node {place.node_id[:8]} was {state} when the flush ran out of "
             f"its {timeout_s:g} s (sync_timeout)"
         )
-        # What the last sync named by path stays named.
+        # What the last sync named stays named.
         failure = FileFailure(target.key, "", "TimeoutError", message)
-        earlier = place.last_report.failures
-        self._finish(target, place, SyncReport(failures=(*earlier, failure)))
+        last = place.last_report
+        report = SyncReport(failures=(*last.failures, failure), deferred=last.deferred)
+        self._finish(target, place, report)
 
     def stop(self) -> None:
         """Kill whatever is still under way."""

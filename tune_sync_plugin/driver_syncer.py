@@ -46,15 +46,16 @@ class DriverSyncer:
         """Announce a forced sync, or wait for the one just requested.
 
         Raises:
-            TimeoutError: It took longer than ``sync_timeout``.
+            TimeoutError: It took longer than ``timeout`` seconds, by default ``sync_timeout``.
             RuntimeError: Some of the directory is not in storage; says what and why.
         """
         if not self._requested:
             self._forced = True
             return
         self._requested = False
-        if not self._dispatcher.settle([EXPERIMENT], timeout or self._timeout_s):
-            raise TimeoutError(f"no end of the experiment's sync within {self._timeout_s:g} s")
+        timeout_s = self._timeout_s if timeout is None else timeout
+        if not self._dispatcher.settle([EXPERIMENT], timeout_s):
+            raise TimeoutError(f"no end of the experiment's sync within {timeout_s:g} s")
         failures = self._report.experiment.failures
         if failures:
             raise RuntimeError("; ".join(map(str, failures[:3])))

@@ -51,7 +51,9 @@ _FATAL_TEXT = re.compile(
     r"|HTTP status (?:400|401|403|404|405|501)\b"
     r"|HTTP response code: (?:400|401|403|404|405|501)\b"
     r"|\((?:AccessDenied|NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken)\)"
-    r"|Unable to locate credentials|NoCredentialsError",
+    r"|Unable to locate credentials|NoCredentialsError"
+    # s3fs and gcsfs make a bare FileNotFoundError of it.
+    r"|The specified bucket does not exist",
     re.IGNORECASE,
 )
 
@@ -68,10 +70,10 @@ def is_retryable(error: BaseException) -> bool:
     return not _FATAL_TEXT.search(str(error))
 
 
+# Userinfo up to the last @, and the parameters of signed URLs, headers and connection strings.
 _SECRETS = re.compile(
-    r"(?<=://)[^/@\s]+@"
-    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+"
-    r"|(?<=X-Amz-Security-Token=)[^&\s]+|(?<=[?&]sig=)[^&\s]+",
+    r"(://)[^/\s]+(?=@)"
+    r"|(\b(?:Signature|Credential|Security-Token|AccountKey)=|[?&]sig=)[^&;\s]+",
     re.IGNORECASE,
 )
 
@@ -79,4 +81,4 @@ _SECRETS = re.compile(
 def describe(error: BaseException) -> str:
     """One line about an error, with credentials in URLs blanked out."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return _SECRETS.sub("***", text)[:500]
+    return _SECRETS.sub(r"\1\2***", text)[:500]

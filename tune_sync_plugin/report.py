@@ -185,7 +185,7 @@ def human_bytes(count: float) -> str:
         '1.2 MB'
     """
     for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
+        if count < (1000 if unit == "B" else 999.95):  # no "1000.0 KB"
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"

@@ -31,11 +31,12 @@ class SyncJob:
 
     Attributes:
         key: The trial's id, or ``"experiment"``.
-        roots: The directories, relative to the run's session directory on the node.
+        roots: The directories, relative to the run's session directory on the node (or absolute).
         roots_off_driver: More of them, unless the node's disk is the driver's: there they belong
             to the driver, which syncs them itself.
         destination: The prefix on the storage file system.
         options: Filters, limits and ``sync_timeout``.
+        must_exist: Whether a missing root is a failure, rather than nothing to sync.
     """
 
     key: str
@@ -43,6 +44,7 @@ class SyncJob:
     destination: str
     options: SyncOptions
     roots_off_driver: tuple[str, ...] = ()
+    must_exist: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ def _sync_one(job: SyncJob, run: Run, here: str) -> SyncReport:
         name = hashlib.sha256(storage.name.encode()).hexdigest()[:16]
         readable = re.sub(r"[^\w.-]", "_", job.key)[:64]
         manifest = os.path.join(here, _OUR_DIR, f"{readable}-{name}.sqlite")
-        paths = [os.path.join(here, root) for root in roots]
+        # The same directory may have been named twice.
+        paths = list(dict.fromkeys(os.path.realpath(os.path.join(here, root)) for root in roots))
+        if job.must_exist and not all(map(os.path.isdir, paths)):
+            raise FileNotFoundError(f"this node has no {' or '.join(paths)}")
         return sync(paths, storage, manifest, job.options, label=job.key)
     except Exception as error:
         message = f"syncing {job.destination} failed: {describe(error)}"

@@ -6,6 +6,7 @@ If a Ray release breaks this package, it breaks here. Checked on Ray 2.44.1 and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,15 @@ class Storage:
         return str(self._context.experiment_fs_path)
 
     @property
+    def driver_directory(self) -> str:
+        """Where the driver writes the experiment's files, on its own disk.
+
+        Not to be derived from a node's session directory: where several nodes share an IP address,
+        Ray may count a driver to another node than the one whose session directory it uses.
+        """
+        return str(self._context.experiment_driver_staging_path)
+
+    @property
     def session_subdir(self) -> str:
         """The run's directory below :func:`session_dir`, on every node."""
         return f"{self._context._timestamp}/{self._context.experiment_dir_name}"
@@ -97,6 +107,22 @@ class Storage:
         """
         self._controller._callbacks._callbacks.append(callback)
 
+    def keep_local_results(self) -> None:
+        """Stop Ray's loggers from replacing a restarted trial's results by older stored ones.
+
+        When a trial restarts from a checkpoint they download its ``result.json`` and
+        ``progress.csv`` over the driver's own files, so that every line since the last upload is
+        gone. That is right only where the driver has not written these files in this run.
+        """
+        for callback in self._controller._callbacks._callbacks:
+            if hasattr(callback, "_restore_from_remote") and hasattr(callback, "_trial_files"):
+                callback._restore_from_remote = functools.partial(_restore_if_new, callback)
+
+
+def _restore_if_new(logger: Any, file_name: str, trial: Trial) -> None:
+    if trial not in logger._trial_files:
+        type(logger)._restore_from_remote(logger, file_name, trial)
+
 
 def trial_roots(trial: Trial) -> tuple[str, str]:
     """A trial's working directory, and what ``get_trial_dir()`` names, in the run's directory.
@@ -105,9 +131,6 @@ def trial_roots(trial: Trial) -> tuple[str, str]:
     """
     name = trial.storage.trial_dir_name
     return f"working_dirs/{name}", f"driver_artifacts/{name}"
-
-
-EXPERIMENT_ROOT = "driver_artifacts"
 
 
 def trial_destination(trial: Trial) -> str:
@@ -120,17 +143,19 @@ def trial_actor(trial: Trial) -> Any | None:
     return trial.temporary_state.ray_actor
 
 
-def attach(trainable: Any) -> list[str]:
+def attach(trainable: Any) -> tuple[str, list[str]]:
     """Take over a trial's artifacts; runs inside its actor, before its training code does.
 
     Turns Ray's artifact sync off for this trial (a function trainable's session holds the same
-    context object) and returns the ids of the nodes that the trial has a share of.
+    context object). Returns the trainable's ``logdir``, which Ray 2.44 puts elsewhere than the
+    working directory if the driver's node has another temp_dir, and the ids of the nodes that the
+    trial has a share of.
     """
     context = trainable._storage
     context.sync_config = dataclasses.replace(context.sync_config, sync_artifacts=False)
     here = ray.get_runtime_context().get_node_id()
+    nodes = {here}
     group = ray.util.get_current_placement_group()
-    if group is None or group.bundle_count == 1:
-        return [here]
-    placed = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
-    return [here, *sorted({node for node in placed if node} - {here})]
+    if group is not None and group.bundle_count > 1:
+        nodes |= set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
+    return trainable.logdir, [here, *sorted(node for node in nodes - {here} if node)]

@@ -160,7 +160,9 @@ def _train_both(config: dict[str, Any]) -> None:
 
 def both_directories(link: Link, by: str) -> Outcome:
     """Three trials on two nodes write to the working directory and to ``get_trial_dir()``."""
-    return fit(link, _train_both, by=by, space={"x": tune.grid_search([1, 2, 3])})
+    # A node has two CPUs, so that two of these trials are never on the same one.
+    train = tune.with_resources(_train_both, {"CPU": 2})
+    return fit(link, train, by=by, space={"x": tune.grid_search([1, 2, 3])})
 
 
 # -- 2: the last file -------------------------------------------------------------------------
@@ -299,7 +301,7 @@ def period(link: Link, by: str) -> Outcome:
 
 # -- 8: results across a restart ---------------------------------------------------------------
 
-RESTART_STEPS = 45
+RESTART_STEPS = 36
 
 
 def _train_restarts(config: dict[str, Any]) -> None:
@@ -309,7 +311,7 @@ def _train_restarts(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as directory:
             start = int(Path(directory, "step").read_text()) + 1
     for step in range(start, RESTART_STEPS):
-        if step == 40 and not checkpoint:
+        if step == 32 and not checkpoint:
             raise RuntimeError("the trial fails once")
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "step").write_text(str(step))
@@ -318,7 +320,7 @@ def _train_restarts(config: dict[str, Any]) -> None:
 
 
 def restarted_trial(link: Link, by: str) -> Outcome:
-    """A trial fails after 40 results and goes on from its checkpoint."""
+    """A trial fails after 32 results and goes on from its checkpoint."""
     failure_config = tune.FailureConfig(max_failures=1)
     run_config = {"failure_config": failure_config}
     outcome = fit(link, _train_restarts, by=by, run_config=run_config)

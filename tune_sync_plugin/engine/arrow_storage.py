@@ -11,8 +11,10 @@ import ctypes
 import posixpath
 from typing import Any
 
+from pyarrow.fs import FileSelector, FileType
+
 from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import partial_path
+from tune_sync_plugin.engine.storage import partial_path, service
 
 # Up to here a file is read before its upload starts, so that one that shrinks costs no upload.
 _WHOLE_BYTES = 4 << 20
@@ -27,7 +29,7 @@ class ArrowStorage:
         self._fs = filesystem
         self._root = root.rstrip("/")
         self.has_directories = filesystem.type_name not in _OBJECT_STORES
-        self.name = f"{filesystem.type_name}:{_endpoint(filesystem)}{self._root}"
+        self.name = f"{filesystem.type_name}:{service(_options(filesystem))}{self._root}"
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -59,8 +61,14 @@ class ArrowStorage:
         out.close()
 
     def remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.delete_file(self._at(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if self._fs.get_file_info(self._at(path)).type == FileType.File:
+                self._fs.delete_file(self._at(path))
+            # Listed first, since delete_dir takes what is in it along.
+            while (path := posixpath.dirname(path)) and not self._fs.get_file_info(
+                FileSelector(self._at(path))
+            ):
+                self._fs.delete_dir(self._at(path))
 
     def discard_partial(self, path: str, run_id: str) -> None:
         if self.has_directories:
@@ -78,10 +86,10 @@ def _never_close(out: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(out))
 
 
-def _endpoint(filesystem: Any) -> str:
-    """Two S3 services may have buckets of one name; the endpoint tells them apart."""
+def _options(filesystem: Any) -> dict[str, Any]:
+    """What the client was made with, as far as pyarrow tells."""
     try:
         options = filesystem.__reduce__()[1][0]
-        return f"{options['endpoint_override']}/" if options.get("endpoint_override") else ""
     except (TypeError, LookupError, AttributeError):
-        return ""
+        return {}
+    return options if isinstance(options, dict) else {}

@@ -16,7 +16,9 @@ def _regex(pattern: str) -> str:
         raise ValueError(f"{pattern!r} must be relative to the trial directory and stay inside it")
     pattern = pattern.removeprefix("./").rstrip("/")
     # What matches a directory covers everything below it, as in .gitignore.
-    return f"{glob_translate(pattern)}|{glob_translate(pattern + '/**')}"
+    regex = f"{glob_translate(pattern)}|{glob_translate(pattern + '/**')}"
+    # fsspec's [!a] matches a slash as well.
+    return regex.replace("[^", "[^/")
 
 
 def _compile(patterns: Iterable[str]) -> re.Pattern[str] | None:

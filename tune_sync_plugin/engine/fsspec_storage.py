@@ -10,8 +10,10 @@ import contextlib
 import posixpath
 from typing import Any
 
+from fsspec import AbstractFileSystem
+
 from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import partial_path
+from tune_sync_plugin.engine.storage import partial_path, service
 
 # Up to here one request sends the whole file; above it goes in parts.
 _WHOLE_BYTES = 8 << 20
@@ -29,14 +31,17 @@ class FsspecStorage:
         protocol = filesystem.protocol
         protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self.has_directories = not protocols & _OBJECT_STORES
-        endpoint = getattr(filesystem, "endpoint_url", None) or ""
-        self.name = f"{min(protocols)}:{endpoint}{self._root}"
+        # Attributes too: an option may have been given by position.
+        given = {name: getattr(filesystem, name, None) for name in ("host", "port", "account_name")}
+        self.name = f"{min(protocols)}:{service(given | filesystem.storage_options)}{self._root}"
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
 
     def write(self, path: str, source: Source, run_id: str) -> None:
         final = self._at(path)
+        if "?versionId=" in path and "s3" in self._fs.protocol:
+            raise ValueError("s3fs would cut the name off at '?versionId='; rename the file")
         if not self.has_directories:
             self._send(final, source)
             return
@@ -44,7 +49,7 @@ class FsspecStorage:
         self._fs.makedirs(posixpath.dirname(final), exist_ok=True)
         try:
             self._send(partial, source)
-            self._fs.mv(partial, final)
+            self._rename(partial, final)
         except BaseException:
             self.discard_partial(path, run_id)
             raise
@@ -61,13 +66,26 @@ class FsspecStorage:
             # Aborts the upload; without it the destructor would complete half a file.
             with contextlib.suppress(Exception):
                 out.discard()
-            out.closed = True
+            with contextlib.suppress(AttributeError):
+                out.closed = True
             raise
         out.close()
+
+    def _rename(self, old: str, new: str) -> None:
+        if type(self._fs).mv is AbstractFileSystem.mv:
+            # It would take a name with a * or [ in it for a pattern.
+            self._fs.cp_file(old, new)
+            self._fs.rm_file(old)
+        else:
+            self._fs.mv(old, new)
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(path))
+        # Listed first, since some file systems' rmdir takes what is in it along.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            while (path := posixpath.dirname(path)) and not self._fs.ls(self._at(path)):
+                self._fs.rmdir(self._at(path))
 
     def discard_partial(self, path: str, run_id: str) -> None:
         if self.has_directories:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from tune_sync_plugin.engine.plan import Record
 from tune_sync_plugin.engine.scan import Fingerprint
@@ -48,28 +48,22 @@ class Manifest:
 
     def __init__(self, path: str, destination: str) -> None:
         self.warning: str | None = None
+        self._path = path
+        self._destination = destination
         self.run_id = uuid.uuid4().hex[:12]
         try:
             self._open(path)
         except (sqlite3.Error, OSError) as first:
             try:
-                # Ours, and useless: a fresh one costs one full upload.
-                for suffix in ("", "-wal", "-shm"):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path + suffix)
+                self._unlink()
                 self._open(path)
                 self.warning = f"the sync manifest {path} was unreadable and was replaced ({first})"
             except (sqlite3.Error, OSError) as error:
-                self._open(":memory:")
-                self.warning = (
-                    f"the sync manifest {path} can't be used ({error}): every sync uploads "
-                    "everything again until Ray's session directory on this node is writable"
-                )
+                self._do_without(error)
         if self._meta("destination") not in (None, destination):
-            with self._db:
-                self._db.execute("DELETE FROM files")
-                self._db.execute("DELETE FROM meta")
-        self._destination = destination
+            with self._transaction() as db:
+                db.execute("DELETE FROM files")
+                db.execute("DELETE FROM meta")
 
     def _open(self, path: str) -> None:
         if path != ":memory:":
@@ -82,10 +76,39 @@ class Manifest:
             # is the harmless direction.
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
-            self._db.execute("SELECT count(*) FROM files").fetchone()
+            # Reads every row, so that damage is found here and not in the midst of a sync.
+            self._meta("destination")
+            for _ in self._rows():
+                pass
         except sqlite3.Error:
             self._db.close()
             raise
+
+    def _unlink(self) -> None:
+        # Ours, and useless: a fresh one costs one full upload.
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path + suffix)
+
+    def _do_without(self, error: Exception) -> None:
+        self._open(":memory:")
+        self.warning = (
+            f"the sync manifest {self._path} can't be used ({error}): every sync uploads "
+            "everything again until Ray's session directory on this node is writable"
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One change, whole or not at all; one that can't be written, on a full disk say,
+        costs the manifest, since what it still claims is about to become untrue."""
+        try:
+            with self._db:
+                yield self._db
+        except sqlite3.Error as error:
+            self._db.close()
+            with contextlib.suppress(OSError):
+                self._unlink()
+            self._do_without(error)
 
     def _meta(self, key: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -93,39 +116,46 @@ class Manifest:
 
     def load(self) -> dict[str, Record]:
         """All records. A path whose upload never ended has one that no file matches."""
-        rows = self._db.execute("SELECT path, size, mtime_ns, ctime_ns, inode, digest FROM files")
-        return {path: Record(Fingerprint(*facts), digest) for path, *facts, digest in rows}
+        return {path: Record(Fingerprint(*facts), digest) for path, *facts, digest in self._rows()}
+
+    def _rows(self) -> sqlite3.Cursor:
+        return self._db.execute("SELECT path, size, mtime_ns, ctime_ns, inode, digest FROM files")
 
     def interrupted(self) -> tuple[str, list[str]] | None:
-        """The run id and the paths of an earlier sync that was killed while it uploaded."""
+        """The run id and the paths of an earlier sync that did not end as it should."""
         paths = [p for (p,) in self._db.execute("SELECT path FROM files WHERE size = -1")]
         run_id = self._meta("run_id")
         return (run_id, paths) if run_id and paths else None
 
     def withdraw(self, paths: Iterable[str]) -> None:
         """Forget what storage holds under ``paths``: they are about to be overwritten."""
-        with self._db:
-            self._db.executemany(
+        with self._transaction() as db:
+            db.executemany(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)",
                 [("destination", self._destination), ("run_id", self.run_id)],
             )
-            self._db.executemany(
+            db.executemany(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, NULL)",
                 [(path, *_UNFINISHED) for path in paths],
             )
 
     def record(self, records: Mapping[str, Record]) -> None:
         """Remember files that storage now holds."""
-        with self._db:
-            self._db.executemany(
+        with self._transaction() as db:
+            db.executemany(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
                 [(path, *record.fingerprint, record.digest) for path, record in records.items()],
             )
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop paths that are no longer in storage."""
-        with self._db:
-            self._db.executemany("DELETE FROM files WHERE path = ?", [(p,) for p in paths])
+        with self._transaction() as db:
+            db.executemany("DELETE FROM files WHERE path = ?", [(p,) for p in paths])
+
+    def settle(self) -> None:
+        """Note that no half-written file is left behind: from now on nothing is interrupted."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM meta WHERE key = 'run_id'")
 
     def close(self) -> None:
         """Close the file; the manifest can't be used afterwards."""

@@ -84,7 +84,7 @@ def make_plan(
         else:
             files_unchanged += 1
             bytes_unchanged += new.size
-    uploads.sort(key=lambda upload: upload.entry.fingerprint.size)
+    uploads.sort(key=lambda upload: (upload.entry.fingerprint.size, upload.entry.path))
     removals = _in_the_way(files, known) if has_directories and uploads else []
     return Plan(uploads, removals, files_unchanged, bytes_unchanged)
 

@@ -6,6 +6,7 @@ timestamp granularity, renames, links, names that can't be stored.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -91,7 +92,7 @@ def _walk(root: str, keep: Filter, follow: bool, result: Scan) -> Iterator[FileE
                 status = os.stat(location)
                 identity = (status.st_dev, status.st_ino)
                 if identity in above:
-                    result.skipped.append(f"{prefix.rstrip('/')} (link loop)")
+                    result.skipped.append(f"{_printable(prefix.rstrip('/'))} (link loop)")
                     continue
                 above |= {identity}
             with os.scandir(location) as entries:
@@ -99,7 +100,7 @@ def _walk(root: str, keep: Filter, follow: bool, result: Scan) -> Iterator[FileE
         except FileNotFoundError:
             continue
         except OSError as error:
-            result.failures.append((prefix.rstrip("/"), error))
+            result.failures.append((_printable(prefix.rstrip("/")), error))
             continue
         for child in children:
             path = prefix + child.name
@@ -110,12 +111,14 @@ def _walk(root: str, keep: Filter, follow: bool, result: Scan) -> Iterator[FileE
                 elif keep(path) and (entry := _file(child, path, result)):
                     yield entry
             except OSError as error:
-                result.failures.append((path, error))
+                if error.errno == errno.ELOOP:
+                    result.skipped.append(f"{_printable(path)} (link loop)")
+                else:
+                    result.failures.append((_printable(path), error))
 
 
 def _file(child: os.DirEntry[str], path: str, result: Scan) -> FileEntry | None:
-    if not _is_utf8(path):
-        printable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    if (printable := _printable(path)) != path:
         result.failures.append((printable, OSError("the name is not valid UTF-8; rename it")))
         return None
     try:
@@ -131,9 +134,6 @@ def _file(child: os.DirEntry[str], path: str, result: Scan) -> FileEntry | None:
     return None
 
 
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _printable(path: str) -> str:
+    """The path itself, unless it is not UTF-8: such a name breaks whatever prints or sends it."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")

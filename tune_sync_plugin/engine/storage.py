@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import os
 import posixpath
+import re
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from tune_sync_plugin.engine.source import Source
@@ -56,15 +58,16 @@ def storage_at(filesystem: Any, path: str) -> Storage:
     from pyarrow import fs as arrow
 
     if isinstance(filesystem, arrow.SubTreeFileSystem):
-        return storage_at(filesystem.base_fs, posixpath.join(filesystem.base_path, path))
-    if isinstance(filesystem, arrow.PyFileSystem) and isinstance(
-        filesystem.handler, arrow.FSSpecHandler
-    ):
+        # As it does itself: a leading slash is below its root, not the machine's.
+        inside = posixpath.join(filesystem.base_path, path.lstrip("/"))
+        return storage_at(filesystem.base_fs, inside)
+    # Exact types from here on: whoever derives from one of these does something of his own.
+    if type(filesystem) is arrow.PyFileSystem and type(filesystem.handler) is arrow.FSSpecHandler:
         return storage_at(filesystem.handler.fs, path)
-    if isinstance(filesystem, DirFileSystem) and filesystem.path:
-        return storage_at(filesystem.fs, posixpath.join(filesystem.path, path))
-    if isinstance(filesystem, LocalFileSystem | arrow.LocalFileSystem):
-        return LocalStorage(path)
+    if type(filesystem) is DirFileSystem and filesystem.path:
+        return storage_at(filesystem.fs, f"{filesystem.path}/{path}")
+    if type(filesystem) in (LocalFileSystem, arrow.LocalFileSystem):
+        return LocalStorage(LocalFileSystem._strip_protocol(path))
     if isinstance(filesystem, arrow.FileSystem):
         from tune_sync_plugin.engine.arrow_storage import ArrowStorage
 
@@ -77,6 +80,18 @@ def storage_at(filesystem: Any, path: str) -> Storage:
         f"storage_filesystem must be a pyarrow.fs.FileSystem or an fsspec file system, "
         f"not {type(filesystem).__name__}"
     )
+
+
+def service(options: Mapping[str, Any]) -> str:
+    """Which of several services of one kind a client talks to, by the options it was made with.
+
+    Two of them may have buckets or directories of the same name. Nothing secret is in it.
+    """
+    endpoint = options.get("endpoint_override") or options.get("endpoint_url")
+    endpoint = endpoint or (options.get("client_kwargs") or {}).get("endpoint_url")
+    facts = (endpoint, options.get("host"), options.get("port"), options.get("account_name"))
+    named = ":".join(str(fact) for fact in facts if fact)
+    return re.sub(r"(?<=://)[^/]+@", "", named) + "/" if named else ""
 
 
 def partial_path(path: str, run_id: str) -> str:
@@ -121,7 +136,7 @@ class LocalStorage:
 
     def remove(self, path: str) -> None:
         final = os.path.join(self._root, path)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             os.unlink(final)
         self._made.clear()
         with contextlib.suppress(OSError):  # the first one that is not empty ends it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tune_sync_plugin.engine.filters import Filter
@@ -99,8 +99,9 @@ def _carry_out(
 
     for path, error in scanned.failures:
         fail("scan for", path, error)
+    for path, problem in _clear_the_way(plan, storage, manifest):
+        fail("removal of", path, problem)
     if plan.uploads:
-        _clear_the_way(plan, storage, manifest)
         manifest.withdraw(upload.entry.path for upload in plan.uploads)
         records: dict[str, Record] = {}
         last_recorded = limits.clock()
@@ -123,6 +124,8 @@ def _carry_out(
                 records.clear()
                 last_recorded = limits.clock()
         manifest.record(records)
+        if not failures:
+            manifest.settle()
     return SyncReport(
         files_uploaded=files,
         bytes_uploaded=bytes_sent,
@@ -135,15 +138,30 @@ def _carry_out(
     )
 
 
-def _clear_the_way(plan: Plan, storage: Storage, manifest: Manifest) -> None:
+def _clear_the_way(
+    plan: Plan, storage: Storage, manifest: Manifest
+) -> Iterator[tuple[str, Exception]]:
     interrupted = manifest.interrupted() if storage.has_directories else None
     if interrupted:
         run_id, paths = interrupted
         for path in paths:
-            storage.discard_partial(path, run_id)
+            try:
+                storage.discard_partial(path, run_id)
+            except Exception as error:
+                yield path, error
+        manifest.settle()
+    if plan.removals:
+        # First, lest a kill leaves a claim on a file that is gone: a directory that is moved away
+        # and back again brings the very same fingerprints with it.
+        manifest.withdraw(plan.removals)
+    removed = []
     for path in plan.removals:
-        storage.remove(path)
-    manifest.forget(plan.removals)
+        try:
+            storage.remove(path)
+            removed.append(path)
+        except Exception as error:
+            yield path, error
+    manifest.forget(removed)
 
 
 def _kind(error: BaseException) -> str:

@@ -73,10 +73,10 @@ def transfer(
     health = _Health(limits)
 
     def work() -> None:
-        while not health.given_up:
+        while True:
             with lock:
                 upload = next(todo, None)
-                if upload is None:
+                if upload is None or health.given_up:
                     return
                 started.add(upload.entry.path)
             done.put(_upload(upload, storage, run_id, scanned_ns, limits, health))
@@ -86,15 +86,19 @@ def transfer(
         threading.Thread(target=work, name="tune_sync_transfer", daemon=True).start()
 
     while pending:
+        remaining = limits.deadline - limits.clock()
+        if remaining <= 0:
+            # What has ended by now still counts; nothing more is begun.
+            health.given_up = "the sync ran out of time"
         try:
             # The short wait is for threads that stopped because storage is out of reach.
-            remaining = limits.deadline - limits.clock()
             outcome = done.get(timeout=max(0.0, min(remaining, 1.0)))
         except queue.Empty:
-            if limits.clock() >= limits.deadline:
-                health.given_up = "the sync ran out of time"
+            if remaining <= 0:
                 break
-            if health.given_up and not started & pending.keys():
+            with lock:
+                idle = not started & pending.keys()
+            if health.given_up and idle:
                 break
             continue
         del pending[outcome.upload.entry.path]
@@ -147,21 +151,20 @@ def _upload(
     while True:
         try:
             with Source(upload.entry) as source:
-                fingerprint = upload.entry.fingerprint
-                # Hashed before it is sent: a write in between leaves a digest that matches
-                # nothing, and the file is sent again next time.
-                racy = fingerprint.is_racy(scanned_ns)
-                unproven = upload.reason is Reason.UNPROVEN
-                digest = source.digest() if racy or unproven else None
-                record = Record(fingerprint, digest if racy else None)
-                if unproven and digest == upload.digest:
+                racy = source.fingerprint.is_racy(scanned_ns)
+                if upload.reason is Reason.UNPROVEN and source.digest() == upload.digest:
+                    record = Record(source.fingerprint, upload.digest if racy else None)
                     return Outcome(upload, same=record)
+                # What is hashed is what is sent: the file may be written to at the same time.
+                source.hashing = racy
                 storage.write(upload.entry.path, source, run_id)
+                record = Record(source.fingerprint, source.sent_digest)
             health.succeeded()
             return Outcome(upload, stored=record)
         except SourceChangedError as error:
             return Outcome(upload, deferred=str(error))
-        except Exception as error:
+        # All: an asyncio.CancelledError or a Rust client's panic would end the thread silently.
+        except BaseException as error:
             if not is_retryable(error):
                 health.refused(error)
                 return Outcome(upload, error=error)
