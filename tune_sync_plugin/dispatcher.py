@@ -359,6 +359,8 @@ class Dispatcher:
         self._end = self._clock() + timeout_s
         for target in self._targets.values():
             for place in target.places.values():
+                if self._is_settled(place):
+                    place.lost = True
                 self._want(place, forced=True)
             self._enqueue(target)
         if self.settle(list(self._targets), timeout_s):
@@ -375,6 +377,11 @@ class Dispatcher:
                 if place.forced:
                     place.wanted = place.forced = False
                     self._unfinished(target, place, "not begun", timeout_s)
+
+    def _is_settled(self, place: _Place) -> bool:
+        """Whether the node is gone with nothing owed: scaled down when its trials were over."""
+        owes = place.wanted or place.last_success is None or not place.last_report.complete
+        return not owes and not self._is_alive(place.node_id, self._clock())
 
     def _unfinished(self, target: _Target, place: _Place, state: str, timeout_s: float) -> None:
         message = (

@@ -36,7 +36,8 @@ class RayExecutor:
     def poll(self, handle: Any) -> list[Event]:
         """What the task has reported since the last call."""
         events: list[Event] = []
-        while ray.wait([handle], timeout=0, fetch_local=False)[0]:
+        # Ready means here, not only made somewhere: fetching a long report would block the caller.
+        while ray.wait([handle], timeout=0)[0]:
             try:
                 events.append(ray.get(next(handle)))
             except StopIteration:
@@ -54,7 +55,7 @@ class RayExecutor:
     def wait(self, handles: Sequence[Any], timeout_s: float) -> None:
         """Return when one of them has something to report, or after the timeout."""
         if handles:
-            ray.wait(list(handles), timeout=timeout_s, fetch_local=False)
+            ray.wait(list(handles), timeout=timeout_s)
         else:
             time.sleep(min(timeout_s, 0.01))
 

@@ -136,7 +136,9 @@ class ExperimentReport:
     def add(self, key: str, node_id: str, report: SyncReport) -> None:
         """Count one more sync."""
         self.of(key).add(node_id, report)
-        self.timeouts += [f for f in report.failures if f.error == "TimeoutError"]
+        # A flush that runs out of time repeats what the sync before it had named.
+        late = [failure for failure in report.failures if failure.error == "TimeoutError"]
+        self.timeouts += [failure for failure in late if failure not in self.timeouts]
 
     def _parts(self) -> Iterator[TrialReport]:
         yield self.experiment
