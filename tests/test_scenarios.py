@@ -39,7 +39,7 @@ def test_both_directories_of_all_trials_arrive_beside_rays_files(
     ran_on = {
         node for trial in outcome.callback.report.trials.values() for node in trial.last_by_node
     }
-    assert ran_on == set(cluster.node_ids)
+    assert ran_on == set(cluster.node_ids[:2])
 
 
 def test_the_last_file_arrives_whole_over_a_slow_link(link: Link) -> None:

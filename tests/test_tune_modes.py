@@ -350,7 +350,7 @@ def test_trials_that_span_nodes(storage: Path, cluster: LocalCluster) -> None:
     names = {path.name for path in storage.glob("exp/*/*.rank")}
     assert names == {"0.rank", "1.rank"}
     (trial,) = callback.report.trials.values()
-    assert trial.last_by_node.keys() == set(cluster.node_ids)
+    assert trial.last_by_node.keys() == set(cluster.node_ids[:2])
 
 
 def _train_spread(config: dict[str, Any]) -> None:

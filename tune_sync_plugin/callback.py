@@ -194,6 +194,7 @@ class _Experiment:
     ) -> None:
         self.config = config
         self._report = report
+        report.destination, report.artifacts = storage.experiment_path, config.sync_artifacts
         self._started = time.monotonic()
         self._warned: set[str] = set()
         self._attaching: dict[str, tuple[Any, Trial]] = {}
@@ -308,7 +309,7 @@ class _Experiment:
             self._report.duration_s = time.monotonic() - self._started
         failures = self._report.failures
         if not failures:
-            logger.info(self._report.summary())
+            logger.info("%s, in %s", self._report.summary(), self._report.destination)
             return
         named = "\n".join(f"  {failure}" for failure in failures[:_MOST_NAMED])
         if len(failures) > _MOST_NAMED:

@@ -71,8 +71,10 @@ class TrialReport:
 
     Attributes:
         syncs: Syncs that ended, the final flush included.
+        files_uploaded: Files sent, over all syncs.
         bytes_uploaded: Bytes sent, over all syncs.
         bytes_unchanged: Bytes that did not have to be sent again, over all syncs.
+        last_by_node: The last sync's report by the id of the node it ran on.
         files: Files in storage after the last sync.
         failures: What the last sync of each node left unsynced.
     """
@@ -115,6 +117,8 @@ class ExperimentReport:
     Attributes:
         trials: One :class:`TrialReport` per trial id whose artifacts we sync.
         experiment: The driver's directory (experiment state, results, logs).
+        destination: Where on the storage file system all of it went.
+        artifacts: Whether artifacts were to be synced (``sync_artifacts``).
         timeouts: Syncs that were stopped by ``sync_timeout``, at any time, also if a later one
             succeeded.
         not_attached: Trials that Ray's own artifact sync still serves, and why.
@@ -123,6 +127,8 @@ class ExperimentReport:
 
     trials: dict[str, TrialReport] = field(default_factory=dict)
     experiment: TrialReport = field(default_factory=TrialReport)
+    destination: str = ""
+    artifacts: bool = True
     timeouts: list[FileFailure] = field(default_factory=list)
     not_attached: dict[str, str] = field(default_factory=dict)
     duration_s: float = 0.0
@@ -171,8 +177,9 @@ class ExperimentReport:
             >>> ExperimentReport().summary()
             'synced 0 trials: 0 files, 0 B uploaded, 0 B unchanged, 0 failed, 0.0 s'
         """
+        trials = f"{len(self.trials)} trials" if self.artifacts else "no artifacts (they are off)"
         return (
-            f"synced {len(self.trials)} trials: {self.files} files, "
+            f"synced {trials}: {self.files} files, "
             f"{human_bytes(self.bytes_uploaded)} uploaded, "
             f"{human_bytes(self.bytes_unchanged)} unchanged, "
             f"{len(self.failures)} failed, {self.duration_s:.1f} s"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -147,12 +148,14 @@ def attach(trainable: Any) -> tuple[str, list[str]]:
     """Take over a trial's artifacts; runs inside its actor, before its training code does.
 
     Turns Ray's artifact sync off for this trial (a function trainable's session holds the same
-    context object). Returns the trainable's ``logdir``, which Ray 2.44 puts elsewhere than the
+    context object) and makes the directory that ``get_trial_dir()`` names, which Ray makes on the
+    driver's node only. Returns the trainable's ``logdir``, which Ray 2.44 puts elsewhere than the
     working directory if the driver's node has another temp_dir, and the ids of the nodes that the
     trial has a share of.
     """
     context = trainable._storage
     context.sync_config = dataclasses.replace(context.sync_config, sync_artifacts=False)
+    os.makedirs(context.trial_driver_staging_path, exist_ok=True)
     here = ray.get_runtime_context().get_node_id()
     nodes = {here}
     group = ray.util.get_current_placement_group()

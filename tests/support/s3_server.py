@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import boto3
 import botocore.config
 import botocore.exceptions
+import botocore.session
 import pyarrow.fs
 import s3fs
 
@@ -173,8 +173,8 @@ class S3Server:
         return f"http://{self.host}:{self.port}"
 
     def client(self, port: int | None = None, *, retries: int = 2, timeout_s: float = 30.0) -> Any:
-        """Return a boto3 S3 client, by way of `port` (a proxy's) when given."""
-        return boto3.client(
+        """Return a botocore S3 client, by way of `port` (a proxy's) when given."""
+        return botocore.session.get_session().create_client(
             "s3",
             endpoint_url=f"http://{self.host}:{port or self.port}",
             aws_access_key_id=self.access_key,

@@ -149,7 +149,7 @@ def _write(path: str | Path, size: int) -> None:
 
 def _train_both(config: dict[str, Any]) -> None:
     trial_dir = Path(tune.get_context().get_trial_dir())
-    trial_dir.mkdir(parents=True, exist_ok=True)
+    trial_dir.mkdir(parents=True, exist_ok=True)  # Ray alone does not make it
     Path("sub").mkdir(exist_ok=True)
     for step in range(3):
         Path(f"cwd_{step}.txt").write_text(f"{config['x']}:{step}")

@@ -102,14 +102,14 @@ def test_keys_sees_all_pages(server: S3Server) -> None:
 
 
 @needs_s3
-@pytest.mark.parametrize("kind", ["boto3", "pyarrow", "s3fs"])
+@pytest.mark.parametrize("kind", ["botocore", "pyarrow", "s3fs"])
 def test_clients_keep_odd_names_through_the_proxy(
     server: S3Server, proxy: Proxy, kind: str
 ) -> None:
     prefix = f"odd-{kind}"
     for name in ODD_NAMES:
         path, data = f"{server.bucket}/{prefix}/{name}", name.encode()
-        if kind == "boto3":
+        if kind == "botocore":
             client = server.client(proxy.port)
             client.put_object(Bucket=server.bucket, Key=f"{prefix}/{name}", Body=data)
         elif kind == "pyarrow":
@@ -207,9 +207,11 @@ def test_a_blocked_sender_feels_it_within_two_megabytes(proxy: Proxy) -> None:
     with socket.create_connection((proxy.host, proxy.port), timeout=0.3) as sock:
         sock.sendall(b"PUT /b/k HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
         sent = 0
-        with pytest.raises(TimeoutError):
-            while True:
+        try:
+            while sent < 2_000_000:
                 sent += sock.send(b"x" * 65536)
+        except TimeoutError:
+            pass
     assert sent < 2_000_000
 
 
