@@ -80,7 +80,7 @@ class FsspecStorage:
             self._fs.mv(old, new)
 
     def remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             self._fs.rm_file(self._at(path))
         # Listed first, since some file systems' rmdir takes what is in it along.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -23,6 +23,9 @@ CREATE TABLE IF NOT EXISTS files (
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 """
 
+# ValueError: an error's own text may quote a damaged file, and not be decodable.
+_UNUSABLE = (sqlite3.Error, OSError, ValueError)
+
 # Equal to no real file's: what a path has while it is being uploaded.
 _UNFINISHED = Fingerprint(-1, -1, -1, -1)
 
@@ -53,12 +56,12 @@ class Manifest:
         self.run_id = uuid.uuid4().hex[:12]
         try:
             self._open(path)
-        except (sqlite3.Error, OSError) as first:
+        except _UNUSABLE as first:
             try:
                 self._unlink()
                 self._open(path)
                 self.warning = f"the sync manifest {path} was unreadable and was replaced ({first})"
-            except (sqlite3.Error, OSError) as error:
+            except _UNUSABLE as error:
                 self._do_without(error)
         if self._meta("destination") not in (None, destination):
             with self._transaction() as db:
@@ -80,7 +83,7 @@ class Manifest:
             self._meta("destination")
             for _ in self._rows():
                 pass
-        except sqlite3.Error:
+        except BaseException:
             self._db.close()
             raise
 
@@ -104,7 +107,7 @@ class Manifest:
         try:
             with self._db:
                 yield self._db
-        except sqlite3.Error as error:
+        except _UNUSABLE as error:
             self._db.close()
             with contextlib.suppress(OSError):
                 self._unlink()

@@ -1,0 +1,236 @@
+"""Storages that fail, hang, meddle, count or kill, each around a real one.
+
+What belongs here: faults, as implementations of ``Storage``. The bytes always land in a real
+directory, so that a test looks at files and never at what a fake remembers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tune_sync_plugin.engine.source import Source
+from tune_sync_plugin.engine.storage import Storage
+
+
+class Around:
+    """Passes everything on to another storage; the others override what they break."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def has_directories(self) -> bool:
+        return self.inner.has_directories
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        self.inner.write(path, source, run_id)
+
+    def remove(self, path: str) -> None:
+        self.inner.remove(path)
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        self.inner.discard_partial(path, run_id)
+
+
+class Counting(Around):
+    """Counts what is asked of the storage, and how many writes run at the same time."""
+
+    def __init__(self, inner: Storage) -> None:
+        super().__init__(inner)
+        self.writes: list[str] = []
+        self.requests = 0
+        self.busiest = 0
+        self._busy = 0
+        self._lock = threading.Lock()
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        with self._lock:
+            self.writes.append(path)
+            self.requests += 1
+            self._busy += 1
+            self.busiest = max(self.busiest, self._busy)
+        try:
+            super().write(path, source, run_id)
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+    def remove(self, path: str) -> None:
+        self.requests += 1
+        super().remove(path)
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        self.requests += 1
+        super().discard_partial(path, run_id)
+
+
+class Failing(Around):
+    """Fails the first ``times`` writes of each path that ``affects`` picks."""
+
+    def __init__(
+        self,
+        inner: Storage,
+        error: Callable[[str], BaseException],
+        *,
+        times: float = float("inf"),
+        affects: Callable[[str], bool] = lambda path: True,
+    ) -> None:
+        super().__init__(inner)
+        self.attempts: Counter[str] = Counter()
+        self._error, self._times, self._affects = error, times, affects
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        self.attempts[path] += 1
+        if self._affects(path) and self.attempts[path] <= self._times:
+            raise self._error(path)
+        super().write(path, source, run_id)
+
+
+class Hanging(Around):
+    """Writes of ``hangs`` never answer before ``release`` is called."""
+
+    def __init__(self, inner: Storage, hangs: set[str]) -> None:
+        super().__init__(inner)
+        self._hangs = hangs
+        self._released = threading.Event()
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        if path in self._hangs and not self._released.wait(60):
+            raise RuntimeError("the test never released the hung write")
+        super().write(path, source, run_id)
+
+    def release(self) -> None:
+        self._released.set()
+
+
+class Meeting(Around):
+    """No write ends before ``parties`` of them are under way, or ``patience_s`` have passed."""
+
+    def __init__(self, inner: Storage, parties: int, patience_s: float) -> None:
+        super().__init__(inner)
+        self._barrier = threading.Barrier(parties)
+        self._patience_s = patience_s
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        self._barrier.wait(self._patience_s)
+        super().write(path, source, run_id)
+
+
+class Watched(Around):
+    """Calls back before and after each write and between chunks."""
+
+    def __init__(self, inner: Storage, on_moment: Callable[[str, str], None]) -> None:
+        super().__init__(inner)
+        self._on_moment = on_moment
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        self._on_moment("before", path)
+        super().write(path, _WatchedSource(source, lambda: self._on_moment("during", path)), run_id)
+        self._on_moment("after", path)
+
+
+class _WatchedSource(Source):
+    """A source that calls back after each chunk it hands out."""
+
+    def __init__(self, source: Source, between: Callable[[], None]) -> None:
+        self.__dict__.update(source.__dict__)
+        self._source, self._between = source, between
+
+    def chunks(self) -> Iterator[bytes]:
+        for chunk in self._source.chunks():
+            yield chunk
+            self._between()
+
+
+class Killing(Around):
+    """Kills this process, for real, at the ``countdown``-th step of the sync."""
+
+    def __init__(self, inner: Storage, countdown: int) -> None:
+        super().__init__(inner)
+        self._left = countdown
+        self._lock = threading.Lock()
+
+    def step(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+                signal.pause()
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        self.step()
+        super().write(path, _WatchedSource(source, self.step), run_id)
+        self.step()
+
+    def remove(self, path: str) -> None:
+        self.step()
+        super().remove(path)
+        self.step()
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        self.step()
+        super().discard_partial(path, run_id)
+        self.step()
+
+    def wrap(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Make any other function a place where the sync may be killed, before and after."""
+
+        def step_around(*args: object, **kwargs: object) -> None:
+            self.step()
+            function(*args, **kwargs)
+            self.step()
+
+        return step_around
+
+
+class ObjectStorage:
+    """A flat mapping of keys to whole objects, as S3 is; on disk, so that a killed sync's stay."""
+
+    has_directories = False
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.name = f"objects:{directory}"
+        directory.mkdir(exist_ok=True)
+
+    def write(self, path: str, source: Source, run_id: str) -> None:
+        target = self._directory / hashlib.sha256(path.encode()).hexdigest()
+        unseen = target.with_suffix(f".{threading.get_ident()}")
+        unseen.write_bytes(path.encode() + b"\0" + b"".join(source.chunks()))
+        unseen.replace(target)
+
+    def remove(self, path: str) -> None:
+        raise AssertionError("nothing is ever in the way on an object store")
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        raise AssertionError("an object store holds no partial files")
+
+    def contents(self) -> dict[str, bytes]:
+        """Every object."""
+        found = {}
+        for file in self._directory.iterdir():
+            if not file.suffix:
+                key, _, content = file.read_bytes().partition(b"\0")
+                found[key.decode()] = content
+        return found
+
+
+def tree(root: Path | str) -> dict[str, bytes]:
+    """The content of every regular file below ``root``, links to directories not followed."""
+    found = {}
+    for directory, _, names in os.walk(root):
+        for name in names:
+            location = os.path.join(directory, name)
+            with open(location, "rb") as file:
+                found[os.path.relpath(location, root)] = file.read()
+    return found

@@ -1,0 +1,439 @@
+"""One contract, every storage: what Ray or a user may hand us as a file system."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import os
+import pickle
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import _fs as arrow_internals
+from pyarrow import fs as arrow
+
+from tests.engine.fakes import tree
+from tests.engine.support import entry_of, fill, put, sync_dir
+from tests.support import s3_server
+from tests.support.s3_server import S3Server
+from tune_sync_plugin.engine.arrow_storage import ArrowStorage
+from tune_sync_plugin.engine.fsspec_storage import FsspecStorage
+from tune_sync_plugin.engine.source import Source
+from tune_sync_plugin.engine.storage import LocalStorage, Storage, storage_at
+from tune_sync_plugin.errors import SourceChangedError
+
+MB = 1 << 20
+ODD_NAMES = [
+    *("two words", " lead", "trail ", ".hidden", "...", "#x", "q?", "%41", "100%", "a+b&c=d"),
+    *("new\nline", "tab\there", "back\\slash", "quo\"t'e", "*[x]", "a::b", "~", "x;y", "<&>"),
+    *("ü✓", "u\u0308", "n" * 250, "v?versionId=1", "s3:", "$HOME", "{a}", "-"),
+]
+
+
+@dataclass
+class Place:
+    """A storage, the class it should be, and a way to look into it that bypasses it."""
+
+    storage: Storage
+    kind: type
+    contents: Callable[[], dict[str, bytes]]
+
+
+def _memory_contents(root: str) -> dict[str, bytes]:
+    store = MemoryFileSystem.store
+    return {p[len(root) + 1 :]: f.getvalue() for p, f in store.items() if p.startswith(root + "/")}
+
+
+def _mock_contents(filesystem: Any, root: str) -> dict[str, bytes]:
+    found = filesystem.get_file_info(arrow.FileSelector(root, recursive=True, allow_not_found=True))
+    return {
+        info.path[len(root) + 1 :]: filesystem.open_input_file(info.path).read()
+        for info in found
+        if info.type == arrow.FileType.File
+    }
+
+
+class _OnlyHandler(arrow.FSSpecHandler):
+    """A handler we don't know, so that the file system around it can't be unwrapped."""
+
+
+class _OnlyLocal(LocalFileSystem):
+    """Likewise; a stand-in for SFTP and its like, with real directories."""
+
+
+def _local(tmp_path: Path, filesystem: Any, path: str) -> Place:
+    there = tmp_path / "base" / "storage"
+    return Place(storage_at(filesystem, path), LocalStorage, lambda: tree(there))
+
+
+def _places(kind: str, tmp_path: Path, s3: Callable[[], S3Server]) -> Place:
+    base = str(tmp_path / "base")
+    os.makedirs(base)
+    unique = f"run-{uuid.uuid4().hex}"
+    if kind == "arrow local":
+        return _local(tmp_path, arrow.LocalFileSystem(), f"{base}/storage")
+    if kind == "arrow subtree":
+        return _local(tmp_path, arrow.SubTreeFileSystem(base, arrow.LocalFileSystem()), "storage")
+    if kind == "arrow around fsspec local":
+        wrapped = arrow.PyFileSystem(arrow.FSSpecHandler(LocalFileSystem()))
+        return _local(tmp_path, wrapped, f"{base}/storage")
+    if kind == "fsspec dir":
+        return _local(tmp_path, DirFileSystem(base, LocalFileSystem()), "storage")
+    if kind == "fsspec memory":
+        root = f"/{unique}/storage"
+        return Place(
+            storage_at(fsspec.filesystem("memory"), root),
+            FsspecStorage,
+            lambda: _memory_contents(root),
+        )
+    if kind == "arrow mock":
+        mock = arrow_internals._MockFileSystem()
+        return Place(
+            storage_at(mock, "storage"), ArrowStorage, lambda: _mock_contents(mock, "storage")
+        )
+    if kind == "arrow unknown handler":
+        unknown = arrow.PyFileSystem(_OnlyHandler(LocalFileSystem()))
+        there = f"{base}/storage"
+        return Place(storage_at(unknown, there), ArrowStorage, lambda: tree(there))
+    if kind == "fsspec unknown":
+        there = f"{base}/storage"
+        return Place(storage_at(_OnlyLocal(), there), FsspecStorage, lambda: tree(there))
+    server = s3()
+    prefix = f"{unique}/storage"
+
+    def contents() -> dict[str, bytes]:
+        return {key[len(prefix) + 1 :]: server.get(key) for key in server.keys(prefix + "/")}
+
+    if kind == "arrow s3":
+        filesystem: Any = server.arrow_fs()
+        return Place(storage_at(filesystem, f"{server.bucket}/{prefix}"), ArrowStorage, contents)
+    filesystem = server.s3fs_fs()
+    return Place(storage_at(filesystem, f"{server.bucket}/{prefix}"), FsspecStorage, contents)
+
+
+KINDS = [
+    *("arrow local", "arrow subtree", "arrow around fsspec local", "fsspec dir"),
+    *("fsspec memory", "fsspec unknown", "arrow mock", "arrow unknown handler"),
+    *("arrow s3", "s3fs s3"),
+]
+
+
+@pytest.fixture(params=KINDS)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    made = _places(request.param, tmp_path, lambda: request.getfixturevalue("s3"))
+    yield made
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+# -- the contract --------------------------------------------------------------------------------
+
+
+def test_unwraps_to_what_does_it_best(place: Place) -> None:
+    assert type(place.storage) is place.kind
+
+
+@pytest.mark.parametrize("size", [0, 1, 20 * MB], ids=["empty", "one byte", "20 MB"])
+def test_round_trip(place: Place, root: Path, size: int) -> None:
+    content = os.urandom(size)
+    put(place.storage, fill(root, {"a": content}) / "a", "deep/down/a")
+    assert place.contents() == {"deep/down/a": content}
+
+
+@pytest.mark.parametrize("size", [3, 9 * MB], ids=["small", "9 MB"])
+def test_overwrites_longer_with_shorter_and_back(place: Place, root: Path, size: int) -> None:
+    for content in (b"x" * size, b"y", b"", b"z" * size):
+        put(place.storage, fill(root, {"a": content}) / "a")
+        assert place.contents() == {"a": content}
+
+
+def test_compressed_files_stay_as_they_are(place: Place, root: Path) -> None:
+    for name in ("a.gz", "b.bz2", "c.zst", "d.lz4"):
+        content = gzip.compress(b"content" * 99)
+        put(place.storage, fill(root, {name: content}) / name)
+        assert place.contents()[name] == content
+
+
+def test_odd_names_arrive_or_are_reported(place: Place, root: Path, manifest: Path) -> None:
+    files = {name: b"%d" % number for number, name in enumerate(ODD_NAMES)}
+    files |= {f"odd*[d]ir {n}/{name}": b"x" for n, name in enumerate(ODD_NAMES[:9])}
+    if not place.storage.has_directories:
+        del files["back\\slash"]  # SeaweedFS, not the client, makes a slash of it.
+    fill(root, files)
+    report = sync_dir(root, place.storage, manifest)
+    reported = {failure.path for failure in report.failures}
+    stored = place.contents()
+    assert {path: stored.get(path) for path in files if path not in reported} == {
+        path: content for path, content in files.items() if path not in reported
+    }
+    # Nothing lands under a name that no file has.
+    assert set(stored) <= set(files)
+    assert reported <= {"v?versionId=1"}
+    assert not reported or place.storage.name.startswith("s3:")
+    assert sync_dir(root, place.storage, manifest).files_uploaded == 0
+
+
+def test_file_and_directory_change_places(place: Place, root: Path, manifest: Path) -> None:
+    if (place.kind, place.storage.has_directories) == (ArrowStorage, False):
+        pytest.skip("SeaweedFS refuses a multipart upload to a where a/b exists; S3 does not")
+    fill(root, {"a": b"1", "d/e/f": b"2", "keep/x": b"3"})
+    assert sync_dir(root, place.storage, manifest).complete
+    (root / "a").unlink()
+    (root / "d" / "e" / "f").unlink()
+    (root / "d" / "e").rmdir()
+    (root / "d").rmdir()
+    fill(root, {"a/b/c": b"4", "d": b"5"})
+    report = sync_dir(root, place.storage, manifest)
+    assert report.complete, report.failures
+    wanted = {"a/b/c": b"4", "d": b"5", "keep/x": b"3"}
+    if not place.storage.has_directories:
+        wanted |= {"a": b"1", "d/e/f": b"2"}
+    assert place.contents() == wanted
+
+
+def test_removes_one_file_and_no_more(place: Place, root: Path) -> None:
+    if not place.storage.has_directories:
+        pytest.skip("nothing is ever removed from an object store")
+    for path in ("d/a", "d/b", "d/e/f", "g"):
+        put(place.storage, fill(root, {"a": b"1"}) / "a", path)
+    for path, left in [("d/e/f", {"d/a", "d/b", "g"}), ("d/a", {"d/b", "g"}), ("g", {"d/b"})]:
+        place.storage.remove(path)
+        assert set(place.contents()) == left
+
+
+def test_removing_what_is_not_there_is_fine(place: Place, root: Path) -> None:
+    put(place.storage, fill(root, {"a": b"1"}) / "a", "d/a")
+    if place.storage.has_directories:
+        for path in ("never", "d/never", "d", "d/a/x"):
+            place.storage.remove(path)
+        place.storage.discard_partial("never", "run")
+    assert place.contents() == {"d/a": b"1"}
+
+
+@pytest.mark.parametrize("size", [2 * MB, 40 * MB], ids=["2 MB", "40 MB"])
+def test_a_source_that_shrinks_leaves_the_old_object_whole(
+    place: Place, root: Path, size: int
+) -> None:
+    put(place.storage, fill(root, {"a": b"old"}) / "a")
+    file = fill(root, {"a": b"n" * size}) / "a"
+    entry = entry_of(file)
+    with Source(entry) as source:
+        os.truncate(file, size - 1)
+        with pytest.raises(SourceChangedError):
+            place.storage.write("a", source, "run")
+    assert place.contents() == {"a": b"old"}
+    # And nothing that was held back comes after it.
+    put(place.storage, fill(root, {"a": b"newest"}) / "a")
+    assert place.contents() == {"a": b"newest"}
+
+
+def test_a_new_file_that_shrinks_leaves_nothing(place: Place, root: Path) -> None:
+    file = fill(root, {"a": b"n" * (12 * MB)}) / "a"
+    with Source(entry_of(file)) as source:
+        os.truncate(file, 11 * MB)
+        with pytest.raises(SourceChangedError):
+            place.storage.write("a", source, "run")
+    assert place.contents() == {}
+
+
+def test_syncs_only_what_changed(place: Place, root: Path, manifest: Path) -> None:
+    files = {"a": b"1", "d/b": b"22", "d/e/c": b""}
+    fill(root, files)
+    assert sync_dir(root, place.storage, manifest).files_uploaded == 3
+    fill(root, {"a": b"2"})
+    report = sync_dir(root, place.storage, manifest)
+    assert (report.files_uploaded, report.files_unchanged) == (1, 2)
+    assert place.contents() == files | {"a": b"2"}
+
+
+def test_name_is_stable(place: Place) -> None:
+    assert place.storage.name
+    assert place.storage.name == str(place.storage.name)
+    assert "storage" in place.storage.name
+
+
+# -- unwrapping ----------------------------------------------------------------------------------
+
+
+def test_unwrapped_prefixes_are_joined(tmp_path: Path) -> None:
+    base = str(tmp_path)
+    local, nested = arrow.LocalFileSystem(), DirFileSystem(base, LocalFileSystem())
+    around = arrow.PyFileSystem(arrow.FSSpecHandler(DirFileSystem("b", nested)))
+    subtree = arrow.SubTreeFileSystem(f"{base}/b", local)
+    for filesystem in (around, subtree, arrow.SubTreeFileSystem("b", subtree_of(base))):
+        # A leading slash does not lead out of the subtree, nor does it in those file systems.
+        for path in ("x/y", "/x/y"):
+            assert storage_at(filesystem, path).name == f"local:{base}/b/x/y"
+
+
+def subtree_of(base: str) -> arrow.FileSystem:
+    return arrow.SubTreeFileSystem(base, arrow.LocalFileSystem())
+
+
+def test_a_local_file_system_with_ways_of_its_own_keeps_them(tmp_path: Path, root: Path) -> None:
+    class Shouting(LocalFileSystem):
+        def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
+            super().pipe_file(path, value.upper(), **kwargs)
+
+    storage = storage_at(Shouting(), f"{tmp_path}/there")
+    put(storage, fill(root, {"a": b"quiet"}) / "a")
+    assert tree(tmp_path / "there") == {"a": b"QUIET"}
+
+
+def test_anything_else_is_refused() -> None:
+    with pytest.raises(TypeError, match="storage_filesystem must be"):
+        storage_at("s3://bucket", "x")
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def _s3(**options: Any) -> Any:
+    import s3fs
+
+    return s3fs.S3FileSystem(**{"anon": False, "skip_instance_cache": True, **options})
+
+
+def _arrow_s3(**options: Any) -> Any:
+    return arrow.S3FileSystem(**{"region": "us-east-1", **options})
+
+
+SECRETS: dict[str, Any] = {"key": "AKIAKEY", "secret": "hush", "token": "tok"}
+ARROW_SECRETS = {"access_key": "AKIAKEY", "secret_key": "hush", "session_token": "tok"}
+ELSEWHERE = "http://elsewhere:9000"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(_arrow_s3, lambda: _arrow_s3(endpoint_override="here:1"), id="arrow"),
+        pytest.param(
+            lambda: _arrow_s3(endpoint_override="here:1"),
+            lambda: _arrow_s3(endpoint_override="here:2"),
+            id="arrow, two endpoints",
+        ),
+        pytest.param(_s3, lambda: _s3(endpoint_url=ELSEWHERE), id="s3fs"),
+        pytest.param(
+            _s3,
+            lambda: _s3(client_kwargs={"endpoint_url": ELSEWHERE}),
+            id="s3fs, by client_kwargs",
+        ),
+        pytest.param(
+            lambda: arrow.AzureFileSystem(account_name="one", account_key="aGk="),
+            lambda: arrow.AzureFileSystem(account_name="two", account_key="aGk="),
+            id="arrow azure",
+        ),
+        pytest.param(
+            lambda: _Remote(host="one"), lambda: _Remote(host="two"), id="fsspec, by host"
+        ),
+        pytest.param(arrow.LocalFileSystem, _arrow_s3, id="kinds"),
+    ],
+)
+def test_two_services_have_two_names(one: Callable[[], Any], other: Callable[[], Any]) -> None:
+    """Or else what one of them holds would be taken for what the other one holds."""
+    assert storage_at(one(), "b/p").name == storage_at(one(), "b/p").name
+    assert storage_at(one(), "b/p").name != storage_at(one(), "b/q").name
+    assert storage_at(one(), "b/p").name != storage_at(other(), "b/p").name
+
+
+class _Remote(fsspec.AbstractFileSystem):
+    """As SFTP and its like are told where to go."""
+
+    protocol = ("sftp", "ssh")
+
+
+def test_credentials_do_not_change_a_name() -> None:
+    """Or else a rotated key would upload everything again."""
+    assert storage_at(_s3(**SECRETS), "b").name == storage_at(_s3(), "b").name
+    assert storage_at(_arrow_s3(**ARROW_SECRETS), "b").name == storage_at(_arrow_s3(), "b").name
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _arrow_s3(**ARROW_SECRETS, endpoint_override="here:1"),
+        lambda: _s3(**SECRETS, endpoint_url=ELSEWHERE),
+        lambda: _s3(**SECRETS, endpoint_url="http://AKIAKEY:hush@elsewhere:9000"),
+        lambda: arrow.AzureFileSystem(account_name="acc", account_key="aHVzaA=="),
+        lambda: _Remote(host="h", username="AKIAKEY", password="hush"),
+    ],
+    ids=["arrow s3", "s3fs", "s3fs, in the URL", "arrow azure", "sftp"],
+)
+def test_no_secret_in_a_name(make: Callable[[], Any]) -> None:
+    name = storage_at(make(), "bucket/prefix").name
+    for secret in ("AKIAKEY", "hush", "aHVzaA", "tok"):
+        assert secret not in name
+    assert "bucket/prefix" in name
+
+
+# -- S3 ------------------------------------------------------------------------------------------
+
+
+class _NoSuchBucket(http.server.BaseHTTPRequestHandler):
+    """SeaweedFS makes a bucket that is missing; others answer as this does."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = (
+            b"<?xml version='1.0'?><Error><Code>NoSuchBucket</Code>"
+            b"<Message>The specified bucket does not exist</Message></Error>"
+        )
+        self.send_response(404)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_PUT
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("client", ["arrow", "s3fs"])
+def test_a_missing_bucket_fails_at_once_by_name(root: Path, manifest: Path, client: str) -> None:
+    fill(root, {"a": b"1", "big": b"2" * (9 * MB)})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _NoSuchBucket) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"127.0.0.1:{server.server_port}"
+        filesystem = (
+            _arrow_s3(endpoint_override=where, scheme="http", **ARROW_SECRETS)
+            if client == "arrow"
+            else _s3(endpoint_url=f"http://{where}", **SECRETS)
+        )
+        report = sync_dir(root, storage_at(filesystem, "no-such-bucket/p"), manifest, timeout_s=60)
+        server.shutdown()
+    assert {failure.path for failure in report.failures} == {"a", "big"}
+    assert report.duration_s < 30
+    assert all("no-such-bucket/p" in failure.message for failure in report.failures)
+
+
+@pytest.mark.parametrize("client", ["arrow_fs", "s3fs_fs"])
+def test_wrong_credentials_fail_at_once_without_showing_them(
+    s3: S3Server, root: Path, manifest: Path, client: str
+) -> None:
+    fill(root, {"a": b"1"})
+    server = S3Server.__new__(S3Server)
+    server.__dict__.update(s3.__dict__)
+    server.secret_key = "wrong-and-secret"
+    storage = storage_at(getattr(server, client)(), f"{s3.bucket}/refused")
+    report = sync_dir(root, storage, manifest, timeout_s=60)
+    assert [failure.path for failure in report.failures] == ["a"]
+    assert report.duration_s < 30
+    assert "wrong-and-secret" not in pickle.dumps(report).decode("latin-1")
+
+
+def test_s3_server_is_there_in_ci() -> None:
+    if os.environ.get("CI") and (reason := s3_server.available()):
+        pytest.fail(reason)
