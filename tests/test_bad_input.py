@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 import pytest
 from ray import tune
 
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import REPOSITORY, LocalCluster
 from tests.support.s3_server import S3Server
 from tests.support.scenarios import Link, fit, report
 from tests.test_tune_modes import run_config
@@ -137,17 +141,21 @@ def _train_corrupting(config: dict[str, Any]) -> None:
         manifest.write_bytes(b"no database " * 1000)
 
 
+# As a sitecustomize.py on PYTHONPATH: this package can't be imported.
+BLOCKER = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tune_sync_plugin":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+"""
+
+
 @pytest.fixture
 def bare_node(cluster: LocalCluster, tmp_path: Path) -> Iterator[str]:
     """A worker node on which this package can't be imported."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] == 'tune_sync_plugin':\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     node_id = cluster.add_node(
         resources={"bare": 1}, env_vars={"PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1"}
     )
@@ -180,3 +188,46 @@ def test_a_node_without_the_package_keeps_rays_own_sync(
     (message,) = [m for m in ours(caplog) if "attach" in m]
     assert "pip install" in message
     assert "tune_sync_plugin" in message
+
+
+def test_workers_without_the_package_keep_all_of_rays_own_sync(
+    storage: Path, tmp_path: Path
+) -> None:
+    """A driver that has the package and a Ray that has not: the run is as if it were not there."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    script = textwrap.dedent(
+        f"""
+        import os, sys
+        os.environ["PYTHONPATH"] = {str(tmp_path)!r}  # for the processes that Ray starts
+        import ray
+        from ray import tune
+        from tune_sync_plugin import SyncCallback, SyncConfig
+
+        def train(config):
+            open("artifact.txt", "w").write("1")
+            tune.report({{"x": 1}})
+
+        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+        callback = SyncCallback()
+        config = tune.RunConfig(
+            name="exp", storage_path={str(storage)!r}, callbacks=[callback], verbose=0,
+            sync_config=SyncConfig(sync_artifacts=True),
+        )
+        results = tune.Tuner(train, run_config=config).fit()
+        print("X IS", results[0].metrics["x"], list(callback.report.not_attached.values()))
+        """
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    output = process.stdout + process.stderr
+    assert "X IS 1" in process.stdout, output
+    assert list(storage.glob("exp/experiment_state-*.json"))
+    assert list(storage.glob("exp/*/result.json"))
+    assert list(storage.glob("exp/*/artifact.txt"))
+    assert "pip install" in process.stderr

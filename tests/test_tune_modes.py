@@ -435,7 +435,7 @@ def test_one_interrupt_ends_gracefully_and_flushes(storage: Path) -> None:
         from pathlib import Path
         from tune_sync_plugin import SyncCallback, SyncConfig
 
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         callback = SyncCallback()
         config = run_config(
             Path({str(storage)!r}), callback,

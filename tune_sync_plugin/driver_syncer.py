@@ -19,7 +19,9 @@ class DriverSyncer:
     to block (once, at the end of the run) by calling ``wait()`` after it as well. A ``wait`` in
     front only announces: the dispatcher never runs two syncs of a target at once anyway.
 
-    Whatever else Ray may ask of a syncer, Ray's own does.
+    Where our tasks can't run at all (this package is missing in Ray's worker processes, say), Ray's
+    own syncer takes the snapshots: an experiment without its state can't be read or restored.
+    Whatever else Ray may ask of a syncer, Ray's own does anyway.
 
     Copies of the storage context go to every trial, and with them to workers: what is pickled or
     copied of this is the syncer that Ray made, which serves trials that we could not attach to.
@@ -34,12 +36,16 @@ class DriverSyncer:
         self._timeout_s = timeout_s
         self._forced = False
         self._requested = False
+        self._snapshot: tuple[str, str, list[str] | None] = ("", "", None)
 
     def sync_up(self, local_dir: str, remote_dir: str, exclude: list[str] | None = None) -> bool:
         """Request a sync. ``True`` also if the period holds it back: it is going to happen."""
         self._dispatcher.request(EXPERIMENT, forced=self._forced)
         self._dispatcher.poll()
         self._requested, self._forced = self._forced, False
+        self._snapshot = (local_dir, remote_dir, exclude)
+        if self._cannot_run():
+            self._rays_own.sync_up(*self._snapshot)
         return True
 
     def wait(self, timeout: float | None = None) -> None:
@@ -56,9 +62,20 @@ class DriverSyncer:
         timeout_s = self._timeout_s if timeout is None else timeout
         if not self._dispatcher.settle([EXPERIMENT], timeout_s):
             raise TimeoutError(f"no end of the experiment's sync within {timeout_s:g} s")
+        if self._cannot_run():
+            # Again, in case that one was started before this snapshot was written.
+            self._rays_own.wait(timeout_s)
+            self._rays_own.sync_up(*self._snapshot)
+            self._rays_own.wait(timeout_s)
+            return
         failures = self._report.experiment.failures
         if failures:
             raise RuntimeError("; ".join(map(str, failures[:3])))
+
+    def _cannot_run(self) -> bool:
+        # Failures of a file name it. A directory that timed out would do so in Ray's hands as well.
+        failures = self._report.experiment.failures
+        return any(not f.path and f.error != "TimeoutError" for f in failures)
 
     def step_ended(self) -> None:
         """A ``wait`` after this belongs to a new snapshot."""

@@ -75,8 +75,8 @@ class Manifest:
         self._db = sqlite3.connect(path, timeout=10)
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
-            # Survives a killed process; after a power cut the newest records may be missing, which
-            # is the harmless direction.
+            # Survives a killed process. After a power cut the newest transactions may be missing:
+            # the files they are about have changed since the ones before, and are sent again.
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
             # Reads every row, so that damage is found here and not in the midst of a sync.
