@@ -17,7 +17,7 @@ from tests.support.cluster import REPOSITORY, LocalCluster
 from tests.support.s3_server import S3Server
 from tests.support.scenarios import Link, fit, report
 from tests.test_tune_modes import run_config
-from tune_sync_plugin import SyncCallback, SyncConfig
+from tune_sync_plugin import SyncCallback, SyncConfig, tune_internals
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -231,3 +231,29 @@ def test_workers_without_the_package_keep_all_of_rays_own_sync(
     assert list(storage.glob("exp/*/result.json"))
     assert list(storage.glob("exp/*/artifact.txt"))
     assert "pip install" in process.stderr
+
+
+def test_outside_of_tune_nothing_happens(caplog: pytest.LogCaptureFixture) -> None:
+    callback = SyncCallback()
+    callback.setup()
+    callback.on_step_end(iteration=0, trials=[])
+    assert "no TuneController is calling" in caplog.text
+    assert "RunConfig(callbacks=[...])" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["session_subdir", "keep_local_results", "call_last"])
+def test_a_ray_that_has_changed_keeps_its_own_sync(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def gone(*_: Any) -> None:
+        raise AttributeError("Ray has no such thing any more")
+
+    monkeypatch.setattr(tune_internals.Storage, broken, gone)
+    callback = SyncCallback()
+    if broken == "session_subdir":
+        monkeypatch.setattr(tune_internals.Storage, broken, property(gone))
+    tune.Tuner(train, run_config=run_config(storage, callback)).fit()
+    assert "so Ray's own stays on" in caplog.text
+    assert len(list(storage.glob("exp/*/file_*.txt"))) == 3
+    assert list(storage.glob("exp/experiment_state-*.json"))
+    assert callback.report.trials == {}

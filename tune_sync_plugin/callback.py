@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -31,31 +31,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_Hook = TypeVar("_Hook", bound=Callable[..., None])
-
+# Failures that the last log message names; all of them are in the report.
 _MOST_NAMED = 20
 
 
-def _guarded(hook: _Hook) -> _Hook:
-    """Keep a bug of ours from ending the user's experiment."""
+def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
+    """Hand a hook the running experiment, and keep a bug of ours from ending it."""
 
     @functools.wraps(hook)
-    def guarded(self: SyncCallback, *args: Any, **kwargs: Any) -> None:
-        if self._active is None:
+    def guarded(self: SyncCallback, **info: Any) -> None:
+        experiment = self._active
+        if experiment is None:
             return
         try:
-            hook(self, *args, **kwargs)
+            hook(self, experiment, **info)
         except SyncError:
             raise  # asked for, by strict=True
         except Exception as error:
-            self._active.warn_once(
+            experiment.warn_once(
                 f"{hook.__name__}: {type(error).__name__}",
                 f"SyncCallback.{hook.__name__} failed, which is a bug in tune_sync_plugin. "
                 f"Training goes on; files may arrive late. {type(error).__name__}: {error}",
                 exc_info=True,
             )
 
-    return guarded  # type: ignore[return-value]
+    return guarded
 
 
 class SyncCallback(tune.Callback):
@@ -101,78 +101,67 @@ class SyncCallback(tune.Callback):
         """Take the experiment's syncing over from Ray."""
         self._report = ExperimentReport()
         self._active = None
-        controller = tune_internals.find_controller()
-        if controller is None:
-            logger.warning(
-                "SyncCallback found no TuneController above it (Ray %s), so Ray's own syncing "
-                "stays on. Use it in RunConfig(callbacks=[...]) or tune.run(callbacks=[...]).",
-                ray.__version__,
-            )
-            return
-        storage = tune_internals.Storage(controller)
-        if isinstance(storage.syncer, DriverSyncer):
-            logger.warning("There is more than one SyncCallback; the first one does the syncing.")
-            return
-        config = self._given or resolve(storage.sync_config)
         _make_log_visible()
         try:
-            self._active = _Experiment(storage, config, self._report)
+            storage = tune_internals.Storage(tune_internals.find_controller())
+            if isinstance(storage.syncer, DriverSyncer):
+                logger.warning("There is more than one SyncCallback; the first does the syncing.")
+                return
+            given = storage.sync_config
         except Exception as error:
-            logger.warning(
-                "SyncCallback can't take this experiment's syncing over, Ray's stays on: %s: %s",
-                type(error).__name__,
-                describe(error),
-            )
+            self._stay_out(error)
             return
-        storage.call_last(_Last(self))
+        config = self._given or resolve(given)
+        try:
+            experiment = _Experiment(storage, config, self._report)
+            experiment.take_over(storage, _Last(self))
+        except Exception as error:
+            self._stay_out(error)
+            return
+        self._active = experiment
+
+    @staticmethod
+    def _stay_out(error: Exception) -> None:
+        logger.warning(
+            "SyncCallback can't take this experiment's syncing over, so Ray's own stays on "
+            "(Ray %s): %s: %s",
+            ray.__version__,
+            type(error).__name__,
+            describe(error),
+        )
 
     @_guarded
-    def on_trial_start(self, *, trial: Trial, **info: Any) -> None:
+    def on_trial_start(self, experiment: _Experiment, *, trial: Trial, **info: Any) -> None:
         """Attach to the trial before its training starts."""
-        assert self._active
-        self._active.trial_started(trial)
+        experiment.trial_started(trial)
 
     @_guarded
-    def on_trial_result(self, *, trial: Trial, **info: Any) -> None:
+    def on_trial_result(self, experiment: _Experiment, *, trial: Trial, **info: Any) -> None:
         """Request an artifact sync, subject to ``sync_period``."""
-        assert self._active
-        self._active.dispatcher.request(trial.trial_id, forced=False)
+        experiment.dispatcher.request(trial.trial_id, forced=False)
 
     @_guarded
-    def on_checkpoint(self, *, trial: Trial, **info: Any) -> None:
+    def on_checkpoint(self, experiment: _Experiment, *, trial: Trial, **info: Any) -> None:
         """Request an artifact sync that starts after the checkpoint."""
-        assert self._active
-        if self._active.config.sync_artifacts_on_checkpoint:
-            self._active.dispatcher.request(trial.trial_id, forced=True)
+        if experiment.config.sync_artifacts_on_checkpoint:
+            experiment.dispatcher.request(trial.trial_id, forced=True)
 
     @_guarded
-    def on_trial_complete(self, *, trial: Trial, **info: Any) -> None:
-        """Sync what the trial has left on its node."""
-        assert self._active
-        self._active.dispatcher.request(trial.trial_id, forced=True)
+    def on_trial_complete(self, experiment: _Experiment, *, trial: Trial, **info: Any) -> None:
+        """Sync what the trial has left on its node; after a crash this is the rescue."""
+        experiment.dispatcher.request(trial.trial_id, forced=True)
+
+    on_trial_error = on_trial_complete
+    on_trial_recover = on_trial_complete
 
     @_guarded
-    def on_trial_error(self, *, trial: Trial, **info: Any) -> None:
-        """Rescue what a crashed trial has left on its node."""
-        assert self._active
-        self._active.dispatcher.request(trial.trial_id, forced=True)
-
-    @_guarded
-    def on_trial_recover(self, *, trial: Trial, **info: Any) -> None:
-        """Likewise, if it is going to be restarted."""
-        assert self._active
-        self._active.dispatcher.request(trial.trial_id, forced=True)
-
-    @_guarded
-    def on_step_end(self, **info: Any) -> None:
+    def on_step_end(self, experiment: _Experiment, **info: Any) -> None:
         """Let the dispatcher do what is due."""
-        assert self._active
-        self._active.poll()
+        experiment.poll()
 
     @_guarded
-    def _on_everything_ended(self) -> None:
-        experiment, self._active = self._active, None
-        assert experiment
+    def _on_everything_ended(self, experiment: _Experiment) -> None:
+        self._active = None
         experiment.finish()
 
 
@@ -224,9 +213,13 @@ class _Experiment:
         self.dispatcher.set_places(EXPERIMENT, {here: job})
 
         self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
-        storage.set_sync_config(plain(config))
-        storage.syncer = self._syncer
+
+    def take_over(self, storage: tune_internals.Storage, last: tune.Callback) -> None:
+        """Put ourselves in the place of Ray's syncing; the last step is what does it."""
+        storage.set_sync_config(plain(self.config))
         storage.keep_local_results()
+        storage.call_last(last)
+        storage.syncer = self._syncer
 
     def warn_once(self, kind: str, message: str, *, exc_info: bool = False) -> None:
         if kind not in self._warned:

@@ -30,11 +30,14 @@ def session_dir() -> str:
     return f"{ray._private.worker._global_node.get_session_dir_path()}/artifacts"
 
 
-def find_controller() -> Any | None:
+def find_controller() -> Any:
     """The TuneController that is calling a callback's ``setup``, from the call stack.
 
     Callbacks are given trials, whose storage contexts are copies; only the controller has the one
     whose ``syncer`` uploads the experiment's state.
+
+    Raises:
+        LookupError: Nothing of the kind is calling.
     """
     from ray.tune.execution.tune_controller import TuneController
 
@@ -46,7 +49,10 @@ def find_controller() -> Any | None:
         if frame.f_back is None:
             break
         frame = frame.f_back
-    return None
+    raise LookupError(
+        "no TuneController is calling; use it in RunConfig(callbacks=[...]) or "
+        "tune.run(callbacks=[...])"
+    )
 
 
 class Storage:
