@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -24,7 +25,13 @@ class Bench:
     """A dispatcher between a fake executor and a list of its reports."""
 
     def __init__(
-        self, *, period_s: float = 3, timeout_s: float = 10, slots: int = 2, nodes: str = "AB"
+        self,
+        *,
+        period_s: float = 3,
+        timeout_s: float = 10,
+        slots: int = 2,
+        nodes: str = "AB",
+        superseded: Callable[[str], str] = lambda job: job,
     ) -> None:
         self.clock = FakeClock()
         self.executor = FakeExecutor(self.clock, nodes, timeout_s)
@@ -35,6 +42,7 @@ class Bench:
             period_s=period_s,
             timeout_s=timeout_s,
             max_syncs_per_node=slots,
+            superseded=superseded,
             clock=self.clock,
         )
 
@@ -524,6 +532,34 @@ class TestCrashes:
         bench.force("t", "u")
         bench.run(1)
         assert [report for *_, report in bench.reports[-2:]] == [OK, OK]
+
+
+class TestSuperseded:
+    """A place that the trial has left must not undo what a later one has stored."""
+
+    def bench(self) -> Bench:
+        return Bench(superseded=lambda job: f"{job}@only what is missing")
+
+    def jobs(self, bench: Bench) -> list[tuple[str, list[str]]]:
+        return [(task.node, task.jobs) for task in bench.executor.tasks]
+
+    def test_the_flush_of_the_old_place_before_the_new_one_may_overwrite(self) -> None:
+        bench = self.bench()
+        bench.trial("t", "A")
+        bench.place("t", "B")
+        bench.force("t")
+        bench.run(5)
+        assert self.jobs(bench) == [("A", ["t"]), ("B", ["t"])]
+
+    def test_a_retry_after_the_new_place_was_synced_fills_gaps_only(self) -> None:
+        bench = self.bench()
+        bench.trial("t", "A")
+        bench.executor.will("t", Sync(report=failing()))
+        bench.place("t", "B")
+        bench.force("t")
+        bench.run(5)
+        bench.dispatcher.flush(10)
+        assert self.jobs(bench)[2:] == [("A", ["t@only what is missing"]), ("B", ["t"])]
 
 
 class TestNodes:

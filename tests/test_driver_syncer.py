@@ -42,7 +42,9 @@ class Driver:
         self.dispatcher.add_target(EXPERIMENT)
         self.dispatcher.set_places(EXPERIMENT, {"A": EXPERIMENT})
         self.rays_own = _FilesystemSyncer(pyarrow.fs.LocalFileSystem(), sync_period=7)
-        self.syncer = DriverSyncer(self.dispatcher, self.report, self.rays_own, timeout_s)
+        self.syncer = DriverSyncer(
+            self.dispatcher, self.report, self.rays_own, timeout_s, self.clock
+        )
 
     @property
     def times(self) -> list[float]:
@@ -202,6 +204,22 @@ class TestTheLastSnapshot:
         with pytest.raises(TimeoutError, match="within 3 s"):
             driver.syncer.wait(timeout=3)
         assert driver.clock.now == 3
+
+
+class TestTheTimeLeftForTheFlush:
+    def test_is_the_timeout_before_any_wait(self, driver: Driver) -> None:
+        assert driver.syncer.time_left() == 20
+
+    def test_counts_from_the_last_wait(self, driver: Driver) -> None:
+        driver.executor.will(EXPERIMENT, Sync(takes=4))
+        driver.snapshot(force=True, wait=True)
+        assert driver.syncer.time_left() == pytest.approx(16, abs=0.2)
+
+    def test_is_never_nothing(self, driver: Driver) -> None:
+        driver.executor.will(EXPERIMENT, Sync(takes=50))
+        with pytest.raises(TimeoutError):
+            driver.snapshot(force=True, wait=True)
+        assert driver.syncer.time_left() == 10
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from tests.support.cluster import REPOSITORY, LocalCluster
 from tests.support.scenarios import report
 from tune_sync_plugin import SyncCallback, SyncConfig, SyncError
+from tune_sync_plugin.dispatcher import Dispatcher
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -383,6 +384,53 @@ class _WritesLate(tune.Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         staging = trials[0].storage.experiment_driver_staging_path
         Path(staging, "late.txt").write_text("written in on_experiment_end")
+
+
+class _RaisesAtTheEnd(tune.Callback):
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        raise RuntimeError("another callback's bug")
+
+
+def test_another_callback_that_raises_at_the_end_costs_no_file(storage: Path) -> None:
+    callback = SyncCallback()
+    config = run_config(storage, callback)
+    config.callbacks.append(_RaisesAtTheEnd())
+    with pytest.raises(RuntimeError, match="another callback's bug"):
+        tune.Tuner(Trainable, param_space={"x": 1}, run_config=config).fit()
+    # Written after on_trial_complete, so that only the final flush can have brought it.
+    assert len(list(storage.glob("exp/*/cleaned_1.txt"))) == 1
+    assert callback.report.duration_s > 0
+
+
+def test_a_trial_may_not_replace_the_drivers_files(storage: Path) -> None:
+    callback = SyncCallback()
+    results = tune.Tuner(_train_in_rays_names, run_config=run_config(storage, callback)).fit()
+    (path,) = storage.glob("exp/*/result.json")
+    assert len(path.read_text().splitlines()) == 3
+    assert len(results[0].metrics_dataframe) == 3
+    assert {f.path for f in callback.report.failures} == {"result.json", "params.json"}
+    assert all("rename yours" in f.message for f in callback.report.failures)
+    assert list(storage.glob("exp/*/mine.txt"))
+
+
+def _train_in_rays_names(config: dict[str, Any]) -> None:
+    for step in range(3):
+        report({"step": step})
+    for name in ("result.json", "params.json", "mine.txt"):
+        Path(name).write_text("{}")
+
+
+def test_strict_raises_if_the_flush_itself_fails(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ConnectionError("the cluster is gone")
+
+    callback = SyncCallback(SyncConfig(sync_artifacts=True, strict=True))
+    config = run_config(storage, callback)
+    monkeypatch.setattr(Dispatcher, "flush", broken)
+    with pytest.raises(SyncError, match="the cluster is gone"):
+        tune.Tuner(train, run_config=config).fit()
 
 
 def test_strict_raises_at_the_end_and_only_then(storage: Path) -> None:

@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -23,7 +24,7 @@ from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, describe
 from tune_sync_plugin.executor import RayExecutor
-from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, SyncReport
+from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, FileFailure, SyncReport
 from tune_sync_plugin.tasks import Run, SyncJob, mark_driver_disk
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
             experiment.warn_once(
                 f"{hook.__name__}: {type(error).__name__}",
                 f"SyncCallback.{hook.__name__} failed, which is a bug in tune_sync_plugin. "
-                f"Training goes on; files may arrive late. {type(error).__name__}: {error}",
-                exc_info=True,
+                "Training goes on; files may arrive late. "
+                f"{type(error).__name__}: {describe(error)}",
             )
+            logger.debug("SyncCallback.%s failed", hook.__name__, exc_info=True)
 
     return guarded
 
@@ -114,7 +116,7 @@ class SyncCallback(tune.Callback):
         config = self._given or resolve(given)
         try:
             experiment = _Experiment(storage, config, self._report)
-            experiment.take_over(storage, _Last(self))
+            experiment.take_over(storage, self._on_everything_ended)
         except Exception as error:
             self._stay_out(error)
             return
@@ -165,16 +167,6 @@ class SyncCallback(tune.Callback):
         experiment.finish()
 
 
-class _Last(tune.Callback):
-    """Stands behind all other callbacks, so that what they write at the end is synced too."""
-
-    def __init__(self, owner: SyncCallback) -> None:
-        self._owner = owner
-
-    def on_experiment_end(self, **info: Any) -> None:
-        self._owner._on_everything_ended()
-
-
 class _Experiment:
     """What one running experiment needs: who is attached where, and the dispatcher."""
 
@@ -190,7 +182,13 @@ class _Experiment:
         self._options = config.options()
 
         here = ray.get_runtime_context().get_node_id()
-        run = Run(storage.filesystem, storage.session_subdir, f"driver-{here}")
+        run = Run(
+            storage.filesystem,
+            storage.session_subdir,
+            f"driver-{here}",
+            storage.experiment_path,
+            tune_internals.STORAGE_MARK,
+        )
         mark_driver_disk(run, tune_internals.session_dir())
         self.dispatcher = Dispatcher(
             RayExecutor(run),
@@ -198,6 +196,7 @@ class _Experiment:
             period_s=config.sync_period,
             timeout_s=config.sync_timeout,
             max_syncs_per_node=config.max_syncs_per_node,
+            superseded=_only_missing,
         )
         self.dispatcher.add_target(EXPERIMENT, config.experiment_sync_period)
         options = SyncOptions(
@@ -214,17 +213,17 @@ class _Experiment:
 
         self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
 
-    def take_over(self, storage: tune_internals.Storage, last: tune.Callback) -> None:
+    def take_over(self, storage: tune_internals.Storage, last: Callable[[], None]) -> None:
         """Put ourselves in the place of Ray's syncing; the last step is what does it."""
         storage.set_sync_config(plain(self.config))
         storage.keep_local_results()
         storage.call_last(last)
         storage.syncer = self._syncer
 
-    def warn_once(self, kind: str, message: str, *, exc_info: bool = False) -> None:
+    def warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            logger.warning(message, exc_info=exc_info)
+            logger.warning(message)
 
     # -- trials ---------------------------------------------------------------------------------
 
@@ -252,8 +251,10 @@ class _Experiment:
     def _attached(self, trial: Trial, reference: Any) -> None:
         try:
             logdir, nodes = ray.get(reference)
-        except ray.exceptions.RayActorError:
-            return  # the trial died before it began; if Tune restarts it, we attach anew
+        except ray.exceptions.RayActorError as error:
+            # It died before its training began. If Tune restarts it, we attach anew.
+            self._report.not_attached[trial.trial_id] = f"it ended at once: {describe(error)}"
+            return
         except Exception as error:
             cause = getattr(error, "cause", None) or error
             self._report.not_attached[trial.trial_id] = describe(cause)
@@ -268,8 +269,15 @@ class _Experiment:
         self._report.not_attached.pop(trial.trial_id, None)
         working_dir, trial_dir = tune_internals.trial_roots(trial)
         destination = tune_internals.trial_destination(trial)
-        roots = (working_dir, logdir)
-        job = SyncJob(trial.trial_id, roots, destination, self._options, (trial_dir,))
+        job = SyncJob(
+            trial.trial_id,
+            (working_dir, logdir),
+            destination,
+            self._options,
+            roots_off_driver=(trial_dir,),
+            drivers_names=tune_internals.DRIVERS_NAMES,
+            drivers_root=trial_dir,
+        )
         self.dispatcher.set_places(trial.trial_id, dict.fromkeys(nodes, job))
 
     # -- the loop and its end -------------------------------------------------------------------
@@ -284,6 +292,13 @@ class _Experiment:
         self._report.add(key, node_id, report)
         for warning in report.warnings:
             self.warn_once(warning, f"SyncCallback on node {node_id[:8]}: {warning}")
+        linked = [path for path in report.skipped if path.endswith("(link to a directory)")]
+        if linked:
+            self.warn_once(
+                "links",
+                f"SyncCallback: {key}/{linked[0]} is not walked into; with "
+                "SyncConfig(follow_symlinks=True) what it points to is synced.",
+            )
         for failure in report.failures:
             self.warn_once(
                 failure.error,
@@ -293,24 +308,34 @@ class _Experiment:
 
     def finish(self) -> None:
         """Sync everything once more, then say what was synced and what was not."""
+        broken = []
         try:
             if self._attaching:
                 self._collect_attached()
-            self.dispatcher.flush(self.config.sync_timeout)
+            self.dispatcher.flush(self._syncer.time_left())
+        except Exception as error:
+            broken = [FileFailure("all trials", "", type(error).__name__, describe(error))]
         finally:
             self.dispatcher.stop()
             self._report.duration_s = time.monotonic() - self._started
-        failures = self._report.failures
+        failures = self._report.failures + broken
         if not failures:
             logger.info("%s, in %s", self._report.summary(), self._report.destination)
-            return
-        named = "\n".join(f"  {failure}" for failure in failures[:_MOST_NAMED])
-        if len(failures) > _MOST_NAMED:
-            named += f"\n  and {len(failures) - _MOST_NAMED} more, see callback.report.failures"
-        message = f"{self._report.summary()}\nNot synced:\n{named}"
-        logger.warning(message)
-        if self.config.strict:
-            raise SyncError(message)
+        else:
+            lines = "\n".join(f"  {failure}" for failure in failures[:_MOST_NAMED])
+            if len(failures) > _MOST_NAMED:
+                lines += f"\n  and {len(failures) - _MOST_NAMED} more: callback.report.failures"
+            logger.warning("%s\nNot synced:\n%s", self._report.summary(), lines)
+        if self.config.strict and (failures or self._report.not_attached):
+            left_to_ray = [
+                f"{t}: left to Ray: {why}" for t, why in self._report.not_attached.items()
+            ]
+            named = [*map(str, failures), *left_to_ray]
+            raise SyncError("\n  ".join([self._report.summary(), *named]))
+
+
+def _only_missing(job: SyncJob) -> SyncJob:
+    return replace(job, options=replace(job.options, only_missing=True))
 
 
 def _make_log_visible() -> None:

@@ -22,8 +22,8 @@ class SyncConfig(tune.SyncConfig):
             same trial, or of the experiment directory, that nothing forced. The first is due at
             once.
         sync_timeout: Seconds, default 1800. A sync that has run this long is killed, reported as
-            ``TimeoutError`` and resumed by the next one. The flush at the end of the experiment
-            takes at most this long as well.
+            ``TimeoutError`` and resumed by the next one. The end of the experiment (Ray's last
+            snapshot and the final flush) takes at most this long and ten seconds.
         sync_artifacts: Default ``False``. Whether what a trial writes into its directory on the
             worker is synced.
         sync_artifacts_on_checkpoint: Default ``True``. Whether a checkpoint forces a sync of the

@@ -107,6 +107,8 @@ class Dispatcher:
         timeout_s: Seconds after which a sync is killed.
         max_syncs_per_node: Tasks at once on a node. The experiment's directory has one more of its
             own, so that artifacts never hold up the experiment's state.
+        superseded: Makes a job one that overwrites nothing: for a place that the trial has left,
+            once a later place has been synced.
         clock: Seconds, monotonic.
     """
 
@@ -118,6 +120,7 @@ class Dispatcher:
         period_s: float,
         timeout_s: float,
         max_syncs_per_node: int,
+        superseded: Callable[[Any], Any] = lambda job: job,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
@@ -125,6 +128,7 @@ class Dispatcher:
         self._period_s = period_s
         self._timeout_s = timeout_s
         self._max_per_node = max_syncs_per_node
+        self._superseded = superseded
         self._clock = clock
         self._targets: dict[str, _Target] = {}
         self._queue: list[tuple[float, int, str]] = []
@@ -313,13 +317,22 @@ class Dispatcher:
             place.last_start = now
         try:
             budget_s = max(self._end - _END_MARGIN_S - now, 0.0)
-            handle = self._executor.submit(lane[0], [place.job for _, place in items], budget_s)
+            jobs = [self._job(target, place) for target, place in items]
+            handle = self._executor.submit(lane[0], jobs, budget_s)
         except Exception as error:
             for target, place in items:
                 message = f"starting the sync task failed: {describe(error)}"
                 self._finish(target, place, _failed(target.key, type(error).__name__, message))
             return
         self._batches.append(_Batch(handle, lane, items, now))
+
+    def _job(self, target: _Target, place: _Place) -> Any:
+        if place.node_id in target.current:
+            return place.job
+        nodes = list(target.places)
+        later = nodes[nodes.index(place.node_id) + 1 :]
+        synced_since = any(target.places[node_id].last_start > -math.inf for node_id in later)
+        return self._superseded(place.job) if synced_since else place.job
 
     def _is_alive(self, node_id: str, now: float) -> bool:
         asked, alive = self._alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Ended, Event
 from tune_sync_plugin.tasks import Run, SyncJob, sync_directories
+
+logger = logging.getLogger(__name__)
 
 
 class RayExecutor:
@@ -50,7 +53,11 @@ class RayExecutor:
 
     def kill(self, handle: Any) -> None:
         """End the task's worker process."""
-        ray.cancel(handle, force=True)
+        try:
+            ray.cancel(handle, force=True)
+        except Exception:
+            # Nobody is there to be killed, or to tell: nothing that the caller could do.
+            logger.debug("killing a sync task failed", exc_info=True)
 
     def wait(self, handles: Sequence[Any], timeout_s: float) -> None:
         """Return when one of them has something to report, or after the timeout."""

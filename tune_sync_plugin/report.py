@@ -75,7 +75,7 @@ class TrialReport:
         bytes_uploaded: Bytes sent, over all syncs.
         bytes_unchanged: Bytes that did not have to be sent again, over all syncs.
         last_by_node: The last sync's report by the id of the node it ran on.
-        files: Files in storage after the last sync.
+        files: Files in storage after the last sync; one that two nodes sent counts twice.
         failures: What the last sync of each node left unsynced.
     """
 
@@ -119,8 +119,6 @@ class ExperimentReport:
         experiment: The driver's directory (experiment state, results, logs).
         destination: Where on the storage file system all of it went.
         artifacts: Whether artifacts were to be synced (``sync_artifacts``).
-        timeouts: Syncs that were stopped by ``sync_timeout``, at any time, also if a later one
-            succeeded.
         not_attached: Trials that Ray's own artifact sync still serves, and why.
         duration_s: Seconds from the callback's ``setup`` to the end of the final flush.
     """
@@ -129,7 +127,7 @@ class ExperimentReport:
     experiment: TrialReport = field(default_factory=TrialReport)
     destination: str = ""
     artifacts: bool = True
-    timeouts: list[FileFailure] = field(default_factory=list)
+    _timeouts: dict[FileFailure, None] = field(default_factory=dict)
     not_attached: dict[str, str] = field(default_factory=dict)
     duration_s: float = 0.0
 
@@ -142,9 +140,13 @@ class ExperimentReport:
     def add(self, key: str, node_id: str, report: SyncReport) -> None:
         """Count one more sync."""
         self.of(key).add(node_id, report)
-        # A flush that runs out of time repeats what the sync before it had named.
-        late = [failure for failure in report.failures if failure.error == "TimeoutError"]
-        self.timeouts += [failure for failure in late if failure not in self.timeouts]
+        late = (failure for failure in report.failures if failure.error == "TimeoutError")
+        self._timeouts.update(dict.fromkeys(late))
+
+    @property
+    def timeouts(self) -> list[FileFailure]:
+        """What ``sync_timeout`` cut off at any time, also if a later sync succeeded."""
+        return list(self._timeouts)
 
     def _parts(self) -> Iterator[TrialReport]:
         yield self.experiment
@@ -183,6 +185,7 @@ class ExperimentReport:
             f"{human_bytes(self.bytes_uploaded)} uploaded, "
             f"{human_bytes(self.bytes_unchanged)} unchanged, "
             f"{len(self.failures)} failed, {self.duration_s:.1f} s"
+            + (f", {len(self.not_attached)} trials left to Ray" if self.not_attached else "")
         )
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tune_sync_plugin.engine.storage import storage_at
+from tune_sync_plugin.engine.storage import LocalStorage, storage_at
 from tune_sync_plugin.engine.sync import SyncOptions, sync
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Event, Started, Synced
-from tune_sync_plugin.report import FileFailure, SyncReport
+from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
 # Ours, beside Ray's `driver_artifacts` and `working_dirs` in a run's session directory.
 _OUR_DIR = "tune_sync"
@@ -37,6 +37,9 @@ class SyncJob:
         destination: The prefix on the storage file system.
         options: Filters, limits and ``sync_timeout``.
         must_exist: Whether a missing root is a failure, rather than nothing to sync.
+        drivers_names: Names at the destination that belong to the driver.
+        drivers_root: The driver's directory for the same destination; what it holds belongs to the
+            driver as well, as far as this node's disk is the driver's.
     """
 
     key: str
@@ -45,6 +48,8 @@ class SyncJob:
     options: SyncOptions
     roots_off_driver: tuple[str, ...] = ()
     must_exist: bool = False
+    drivers_names: frozenset[str] = frozenset()
+    drivers_root: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,15 @@ class Run:
         filesystem: The ``pyarrow.fs.FileSystem`` that Ray resolved the storage path to.
         session_subdir: Where the run's files are on any node, below Ray's session directory.
         driver_mark: Names the file that tells the driver's disk.
+        destination: The experiment's prefix on the file system.
+        storage_mark: A file there, by which to tell that a local path is the one the driver sees.
     """
 
     filesystem: Any
     session_subdir: str
     driver_mark: str
+    destination: str
+    storage_mark: str
 
 
 def mark_driver_disk(run: Run, session_dir: str) -> None:
@@ -95,9 +104,18 @@ def sync_directories(jobs: Sequence[SyncJob], run: Run, budget_s: float) -> Iter
 def _sync_one(job: SyncJob, run: Run, here: str) -> SyncReport:
     try:
         storage = storage_at(run.filesystem, job.destination)
+        _check_shared(run, job)
         roots = list(job.roots)
-        if not os.path.exists(os.path.join(here, _OUR_DIR, run.driver_mark)):
+        on_drivers_disk = os.path.exists(os.path.join(here, _OUR_DIR, run.driver_mark))
+        if not on_drivers_disk:
             roots += job.roots_off_driver
+
+        def taken(path: str) -> bool:
+            drivers = os.path.join(here, job.drivers_root, path)
+            return path in job.drivers_names or (
+                on_drivers_disk and bool(job.drivers_root) and os.path.lexists(drivers)
+            )
+
         # One manifest per destination: a restored run may write somewhere else.
         name = hashlib.sha256(storage.name.encode()).hexdigest()[:16]
         readable = re.sub(r"[^\w.-]", "_", job.key)[:64]
@@ -106,7 +124,19 @@ def _sync_one(job: SyncJob, run: Run, here: str) -> SyncReport:
         paths = list(dict.fromkeys(os.path.realpath(os.path.join(here, root)) for root in roots))
         if job.must_exist and not all(map(os.path.isdir, paths)):
             raise FileNotFoundError(f"this node has no {' or '.join(paths)}")
-        return sync(paths, storage, manifest, job.options, label=job.key)
+        return sync(paths, storage, manifest, job.options, label=job.key, taken=taken)
     except Exception as error:
         message = f"syncing {job.destination} failed: {describe(error)}"
         return SyncReport(failures=(FileFailure(job.key, "", type(error).__name__, message),))
+
+
+def _check_shared(run: Run, job: SyncJob) -> None:
+    # On a node that does not see the driver's storage a local path is just a directory of its own,
+    # and a sync to it would succeed.
+    storage = storage_at(run.filesystem, run.destination)
+    shared = not isinstance(storage, LocalStorage) or storage.exists(run.storage_mark)
+    if job.key != EXPERIMENT and not shared:
+        raise FileNotFoundError(
+            f"this node does not see the driver's storage: {run.destination}/{run.storage_mark} is "
+            "missing. A local storage_path must be on a file system that all nodes mount, as NFS"
+        )

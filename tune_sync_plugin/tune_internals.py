@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -107,12 +108,22 @@ class Storage:
     def syncer(self, syncer: Any) -> None:
         self._context.syncer = syncer
 
-    def call_last(self, callback: tune.Callback) -> None:
-        """Add a callback behind all others, Ray's default loggers included.
+    def call_last(self, function: Callable[[], None]) -> None:
+        """Call it behind all callbacks' ``on_experiment_end``, also if one of them raises.
 
-        Appended, not moved: the state of callbacks is saved by their position.
+        Moving our callback to the end of the list would not do: one that raises ends the loop over
+        them, and their saved states are told apart by their positions.
         """
-        self._controller._callbacks._callbacks.append(callback)
+        callbacks = self._controller._callbacks
+        theirs = callbacks.on_experiment_end
+
+        def on_experiment_end(**info: Any) -> None:
+            try:
+                theirs(**info)
+            finally:
+                function()
+
+        callbacks.on_experiment_end = on_experiment_end
 
     def keep_local_results(self) -> None:
         """Stop Ray's loggers from replacing a restarted trial's results by older stored ones.
@@ -140,6 +151,15 @@ def trial_roots(trial: Trial) -> tuple[str, str]:
     return f"working_dirs/{name}", f"driver_artifacts/{name}"
 
 
+# Files of the driver's in a trial's directory, whose names a trial may not use for its own.
+DRIVERS_NAMES = frozenset(
+    ("error.pkl", "error.txt", "params.json", "params.pkl", "progress.csv", "result.json")
+)
+
+# Ray leaves it in the experiment's directory to tell whether a node sees the same storage.
+STORAGE_MARK = ".validate_storage_marker"
+
+
 def trial_destination(trial: Trial) -> str:
     """The trial's prefix on the storage file system."""
     return str(trial.storage.trial_fs_path)
@@ -160,11 +180,13 @@ def attach(trainable: Any) -> tuple[str, list[str]]:
     trial has a share of.
     """
     context = trainable._storage
-    context.sync_config = dataclasses.replace(context.sync_config, sync_artifacts=False)
     os.makedirs(context.trial_driver_staging_path, exist_ok=True)
     here = ray.get_runtime_context().get_node_id()
     nodes = {here}
     group = ray.util.get_current_placement_group()
     if group is not None and group.bundle_count > 1:
         nodes |= set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
-    return trainable.logdir, [here, *sorted(node for node in nodes - {here} if node)]
+    attached = trainable.logdir, [here, *sorted(node for node in nodes - {here} if node)]
+    # Last: if anything above fails, Ray goes on syncing.
+    context.sync_config = dataclasses.replace(context.sync_config, sync_artifacts=False)
+    return attached

@@ -60,6 +60,9 @@ class ArrowStorage:
             raise
         out.close()
 
+    def exists(self, path: str) -> bool:
+        return bool(self._fs.get_file_info(self._at(path)).type == FileType.File)
+
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if self._fs.get_file_info(self._at(path)).type == FileType.File:

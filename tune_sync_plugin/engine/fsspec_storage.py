@@ -79,6 +79,9 @@ class FsspecStorage:
         else:
             self._fs.mv(old, new)
 
+    def exists(self, path: str) -> bool:
+        return bool(self._fs.isfile(self._at(path)))
+
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             self._fs.rm_file(self._at(path))

@@ -34,6 +34,9 @@ class Storage(Protocol):
     def write(self, path: str, source: Source, run_id: str) -> None:
         """Store the source's bytes under ``path``, replacing what was there, in one step."""
 
+    def exists(self, path: str) -> bool:
+        """Whether there is a file. Costs a request; never called for an ordinary sync."""
+
     def remove(self, path: str) -> None:
         """Remove one file, and the directories that this leaves empty; a missing one is fine."""
 
@@ -133,6 +136,9 @@ class LocalStorage:
             # Somebody may have removed the directory under us; the retry makes it anew.
             self._made.discard(parent)
             raise
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(os.path.join(self._root, path))
 
     def remove(self, path: str) -> None:
         final = os.path.join(self._root, path)

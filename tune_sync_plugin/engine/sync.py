@@ -18,6 +18,9 @@ from tune_sync_plugin.report import FileFailure, SyncReport
 # Records are written at least this often, so a killed sync repeats at most so much work.
 _RECORD_EVERY_S = 0.2
 
+_TAKEN = "the driver keeps a file of this name there; rename yours"
+_SUPERSEDED = "storage has one that is newer, from where the trial went on; this one is kept back"
+
 
 @dataclass(frozen=True)
 class SyncOptions:
@@ -28,12 +31,15 @@ class SyncOptions:
         follow_symlinks: Whether links to directories are walked into.
         concurrency: Files on their way at once.
         timeout_s: Seconds after which the sync stops and names what is left.
+        only_missing: Whether to leave alone what storage has, since it is newer: for a directory
+            that its writer has left for another one.
     """
 
     keep: Filter = Filter()
     follow_symlinks: bool = False
     concurrency: int = 16
     timeout_s: float = 1800.0
+    only_missing: bool = False
 
 
 def sync(
@@ -43,6 +49,7 @@ def sync(
     options: SyncOptions = SyncOptions(),
     *,
     label: str = "",
+    taken: Callable[[str], bool] = lambda path: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> SyncReport:
     """Bring ``storage`` up to date with the directories ``roots``; raises nothing but bugs.
@@ -53,6 +60,8 @@ def sync(
         manifest_path: The SQLite file that remembers what ``storage`` holds.
         options: See :class:`SyncOptions`.
         label: Who this is for (a trial's id); repeated in the report's failures.
+        taken: Tells the paths in ``storage`` that somebody else writes; files of ours that would
+            go there are reported instead.
         clock: Seconds, monotonic.
 
     Example:
@@ -70,7 +79,12 @@ def sync(
     manifest = Manifest(manifest_path, storage.name)
     try:
         scanned = scan(list(roots), options.keep, follow_symlinks=options.follow_symlinks)
+        for path in [path for path in scanned.files if taken(path)]:
+            del scanned.files[path]
+            scanned.failures.append((path, FileExistsError(_TAKEN)))
         plan = make_plan(scanned.files, manifest.load(), has_directories=storage.has_directories)
+        if options.only_missing:
+            plan = _without_existing(plan, storage, scanned)
         limits = Limits(options.concurrency, started + options.timeout_s, clock)
         report = _carry_out(plan, scanned, storage, manifest, limits, label)
         warnings = [manifest.warning] if manifest.warning else []
@@ -98,7 +112,7 @@ def _carry_out(
         failures.append(FileFailure(label, path, _kind(error), message))
 
     for path, error in scanned.failures:
-        fail("scan for", path, error)
+        fail("sync to", path, error)
     for path, problem in _clear_the_way(plan, storage, manifest):
         fail("removal of", path, problem)
     if plan.uploads:
@@ -136,6 +150,19 @@ def _carry_out(
         skipped=tuple(scanned.skipped),
         timed_out=timed_out and limits.clock() >= limits.deadline,
     )
+
+
+def _without_existing(plan: Plan, storage: Storage, scanned: Scan) -> Plan:
+    missing = []
+    for upload in plan.uploads:
+        path = upload.entry.path
+        try:
+            if storage.exists(path):
+                raise FileExistsError(_SUPERSEDED)
+            missing.append(upload)
+        except OSError as error:
+            scanned.failures.append((path, error))
+    return replace(plan, uploads=missing, removals=[])
 
 
 def _clear_the_way(
