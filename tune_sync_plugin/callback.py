@@ -23,7 +23,7 @@ from tune_sync_plugin.dispatcher import Dispatcher
 from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, describe
-from tune_sync_plugin.executor import RayExecutor
+from tune_sync_plugin.executor import RayExecutor, cause_of
 from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, FileFailure, SyncReport
 from tune_sync_plugin.tasks import Run, SyncJob, mark_driver_disk
 
@@ -256,14 +256,13 @@ class _Experiment:
             self._report.not_attached[trial.trial_id] = f"it ended at once: {describe(error)}"
             return
         except Exception as error:
-            cause = getattr(error, "cause", None) or error
-            self._report.not_attached[trial.trial_id] = describe(cause)
+            name, message = cause_of(error)
+            self._report.not_attached[trial.trial_id] = message
             self.warn_once(
                 "attach",
                 f"SyncCallback could not attach to trial {trial.trial_id}, so Ray's own artifact "
-                f"sync stays on for it: {type(cause).__name__}: {describe(cause)}. Is "
-                "tune-sync-plugin installed on every node? (pip install tune-sync-plugin, or "
-                "ray.init(runtime_env=...)) Other such trials are in callback.report.not_attached.",
+                f"sync stays on for it: {name}: {message}. Other such trials are in "
+                "callback.report.not_attached.",
             )
             return
         self._report.not_attached.pop(trial.trial_id, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,7 @@ class RayExecutor:
                 events.append(Ended())
                 break
             except Exception as error:
-                events.append(_ended(error))
+                events.append(Ended(*cause_of(error)))
                 break
         return events
 
@@ -71,12 +72,17 @@ class RayExecutor:
         return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _ended(error: Exception) -> Ended:
+def cause_of(error: Exception) -> tuple[str, str]:
+    """The name and the text of what really happened, out of what Ray wraps it in.
+
+    A missing module comes as itself or, where the arguments could not be unpickled for it, as a
+    RaySystemError with the traceback in its text. Both are a ``ModuleNotFoundError`` here.
+    """
     cause = getattr(error, "cause", None) or error
-    message = describe(cause)
-    if isinstance(cause, ImportError):
-        message += (
-            "; tune_sync_plugin and the storage's library must be importable on every node: "
-            'pip install tune-sync-plugin there, or ray.init(runtime_env={"pip": [...]})'
+    missing = re.search(r"No module named '[\w.]+'", str(cause))
+    if missing:
+        return "ModuleNotFoundError", (
+            f"{missing[0]} in a process that Ray started: install it on every node "
+            "(pip install tune-sync-plugin and what the storage needs, or a runtime_env of Ray)"
         )
-    return Ended(type(cause).__name__, message)
+    return type(cause).__name__, describe(cause)
