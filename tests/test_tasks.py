@@ -35,7 +35,6 @@ class Node:
             ("working_dirs/t",),
             str(self.stored / "t"),
             SyncOptions(),
-            roots_off_driver=("driver_artifacts/t",),
             drivers_names=tune_internals.DRIVERS_NAMES,
             drivers_root="driver_artifacts/t",
         )
@@ -72,7 +71,6 @@ def test_the_driver_itself_may_make_the_storage_path(node: Node) -> None:
         key=EXPERIMENT,
         roots=("driver_artifacts",),
         must_exist=True,
-        roots_off_driver=(),
         drivers_names=frozenset(),
         drivers_root="",
     )

@@ -273,7 +273,6 @@ class _Experiment:
             (working_dir, logdir),
             destination,
             self._options,
-            roots_off_driver=(trial_dir,),
             drivers_names=tune_internals.DRIVERS_NAMES,
             drivers_root=trial_dir,
         )

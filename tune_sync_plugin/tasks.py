@@ -32,21 +32,18 @@ class SyncJob:
     Attributes:
         key: The trial's id, or ``"experiment"``.
         roots: The directories, relative to the run's session directory on the node (or absolute).
-        roots_off_driver: More of them, unless the node's disk is the driver's: there they belong
-            to the driver, which syncs them itself.
         destination: The prefix on the storage file system.
         options: Filters, limits and ``sync_timeout``.
         must_exist: Whether a missing root is a failure, rather than nothing to sync.
         drivers_names: Names at the destination that belong to the driver.
-        drivers_root: The driver's directory for the same destination; what it holds belongs to the
-            driver as well, as far as this node's disk is the driver's.
+        drivers_root: Where the driver keeps its files for the same destination. On the driver's
+            disk they belong to the driver, which syncs them itself; elsewhere it is one more root.
     """
 
     key: str
     roots: tuple[str, ...]
     destination: str
     options: SyncOptions
-    roots_off_driver: tuple[str, ...] = ()
     must_exist: bool = False
     drivers_names: frozenset[str] = frozenset()
     drivers_root: str = ""
@@ -104,16 +101,19 @@ def sync_directories(jobs: Sequence[SyncJob], run: Run, budget_s: float) -> Iter
 def _sync_one(job: SyncJob, run: Run, here: str) -> SyncReport:
     try:
         storage = storage_at(run.filesystem, job.destination)
-        _check_shared(run, job)
+        if job.key != EXPERIMENT and isinstance(storage, LocalStorage):
+            _check_shared(run)
         roots = list(job.roots)
-        on_drivers_disk = os.path.exists(os.path.join(here, _OUR_DIR, run.driver_mark))
-        if not on_drivers_disk:
-            roots += job.roots_off_driver
+        drivers: str | None = None
+        if job.drivers_root:
+            if os.path.exists(os.path.join(here, _OUR_DIR, run.driver_mark)):
+                drivers = os.path.join(here, job.drivers_root)
+            else:
+                roots.append(job.drivers_root)
 
         def taken(path: str) -> bool:
-            drivers = os.path.join(here, job.drivers_root, path)
             return path in job.drivers_names or (
-                on_drivers_disk and bool(job.drivers_root) and os.path.lexists(drivers)
+                drivers is not None and os.path.lexists(os.path.join(drivers, path))
             )
 
         # One manifest per destination: a restored run may write somewhere else.
@@ -130,12 +130,10 @@ def _sync_one(job: SyncJob, run: Run, here: str) -> SyncReport:
         return SyncReport(failures=(FileFailure(job.key, "", type(error).__name__, message),))
 
 
-def _check_shared(run: Run, job: SyncJob) -> None:
+def _check_shared(run: Run) -> None:
     # On a node that does not see the driver's storage a local path is just a directory of its own,
     # and a sync to it would succeed.
-    storage = storage_at(run.filesystem, run.destination)
-    shared = not isinstance(storage, LocalStorage) or storage.exists(run.storage_mark)
-    if job.key != EXPERIMENT and not shared:
+    if not storage_at(run.filesystem, run.destination).exists(run.storage_mark):
         raise FileNotFoundError(
             f"this node does not see the driver's storage: {run.destination}/{run.storage_mark} is "
             "missing. A local storage_path must be on a file system that all nodes mount, as NFS"

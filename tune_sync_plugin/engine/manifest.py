@@ -126,9 +126,11 @@ class Manifest:
 
     def interrupted(self) -> tuple[str, list[str]] | None:
         """The run id and the paths of an earlier sync that did not end as it should."""
-        paths = [p for (p,) in self._db.execute("SELECT path FROM files WHERE size = -1")]
         run_id = self._meta("run_id")
-        return (run_id, paths) if run_id and paths else None
+        if not run_id:
+            return None  # the usual case, which need not read the table
+        paths = [p for (p,) in self._db.execute("SELECT path FROM files WHERE size = -1")]
+        return (run_id, paths) if paths else None
 
     def withdraw(self, paths: Iterable[str]) -> None:
         """Forget what storage holds under ``paths``: they are about to be overwritten."""

@@ -177,10 +177,11 @@ def _clear_the_way(
             except Exception as error:
                 yield path, error
         manifest.settle()
-    if plan.removals:
-        # First, lest a kill leaves a claim on a file that is gone: a directory that is moved away
-        # and back again brings the very same fingerprints with it.
-        manifest.withdraw(plan.removals)
+    if not plan.removals:
+        return
+    # First, lest a kill leaves a claim on a file that is gone: a directory that is moved away and
+    # back again brings the very same fingerprints with it.
+    manifest.withdraw(plan.removals)
     removed = []
     for path in plan.removals:
         try:
