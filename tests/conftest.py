@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +48,29 @@ def storage(tmp_path: Path) -> Path:
     path = tmp_path / "storage"
     path.mkdir()
     return path
+
+
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Notes a row of the failure matrix for the table at the end of the test run.
+
+    Called as ``figure("node killed", written=1000, stored=900, lost="node 1a2b: 4 s")``: bytes that
+    the training code wrote, bytes of them that storage holds (count them there, byte for byte), and
+    what the report names as lost (bytes, or its words where it can't know).
+    """
+
+    def note(event: str, *, written: int, stored: int, lost: Any = 0, more: str = "") -> None:
+        line = f"{event}: {written:,} / {stored:,} / {lost}" + (f" ({more})" if more else "")
+        request.config.stash.setdefault(_FIGURES, []).append(line)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if lines := config.stash.get(_FIGURES, []):
+        terminalreporter.section("bytes written / in storage / reported lost")
+        for line in lines:
+            terminalreporter.write_line(line)
