@@ -16,7 +16,7 @@ from tests.fake_executor import (
     deferring,
     failing,
 )
-from tune_sync_plugin.dispatcher import Dispatcher
+from tune_sync_plugin.dispatcher import Dispatcher, Turn
 from tune_sync_plugin.events import Ended
 from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
@@ -31,7 +31,7 @@ class Bench:
         timeout_s: float = 10,
         slots: int = 2,
         nodes: str = "AB",
-        superseded: Callable[[str], str] = lambda job: job,
+        prepare: Callable[[str, Turn], str] = lambda job, turn: job,
     ) -> None:
         self.clock = FakeClock()
         self.executor = FakeExecutor(self.clock, nodes, timeout_s)
@@ -42,7 +42,7 @@ class Bench:
             period_s=period_s,
             timeout_s=timeout_s,
             max_syncs_per_node=slots,
-            superseded=superseded,
+            prepare=prepare,
             clock=self.clock,
         )
 
@@ -538,7 +538,9 @@ class TestSuperseded:
     """A place that the trial has left must not undo what a later one has stored."""
 
     def bench(self) -> Bench:
-        return Bench(superseded=lambda job: f"{job}@only what is missing")
+        return Bench(
+            prepare=lambda job, turn: f"{job}@only what is missing" if turn.superseded else job
+        )
 
     def jobs(self, bench: Bench) -> list[tuple[str, list[str]]]:
         return [(task.node, task.jobs) for task in bench.executor.tasks]

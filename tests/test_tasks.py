@@ -12,9 +12,10 @@ import pytest
 from ray import tune
 
 from tune_sync_plugin import tune_internals
+from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT, SyncReport
-from tune_sync_plugin.tasks import Run, SyncJob, _sync_one, mark_driver_disk
+from tune_sync_plugin.tasks import _sync_one
 
 MARK = ".validate_storage_marker"
 
@@ -35,7 +36,6 @@ class Node:
             ("working_dirs/t",),
             str(self.stored / "t"),
             SyncOptions(),
-            drivers_names=tune_internals.DRIVERS_NAMES,
             drivers_root="driver_artifacts/t",
         )
 
@@ -43,7 +43,7 @@ class Node:
         (self.here / path).write_text(text)
 
     def sync(self, **changes: Any) -> SyncReport:
-        return _sync_one(replace(self.job, **changes), self.run, str(self.here))
+        return _sync_one(replace(self.job, **changes), self.run, str(self.here), "node-1")
 
     def names(self) -> set[str]:
         return {p.name for p in (self.stored / "t").glob("*")}
@@ -71,7 +71,6 @@ def test_the_driver_itself_may_make_the_storage_path(node: Node) -> None:
         key=EXPERIMENT,
         roots=("driver_artifacts",),
         must_exist=True,
-        drivers_names=frozenset(),
         drivers_root="",
     )
     assert report.complete

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,13 +19,21 @@ from ray import tune
 
 from tune_sync_plugin import tune_internals
 from tune_sync_plugin.config import SyncConfig, plain, resolve
-from tune_sync_plugin.dispatcher import Dispatcher
+from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
+from tune_sync_plugin.dispatcher import Dispatcher, Turn
 from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, describe
 from tune_sync_plugin.executor import RayExecutor, cause_of
-from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, FileFailure, SyncReport
-from tune_sync_plugin.tasks import Run, SyncJob, mark_driver_disk
+from tune_sync_plugin.gate import Gates
+from tune_sync_plugin.report import (
+    EXPERIMENT,
+    ExperimentReport,
+    FileFailure,
+    RestoreReport,
+    SyncReport,
+)
+from tune_sync_plugin.tasks import Attached, Restoring, attach
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -167,6 +175,17 @@ class SyncCallback(tune.Callback):
         experiment.finish()
 
 
+@dataclass(frozen=True)
+class _Attaching:
+    """An attach that is under way in a trial's actor."""
+
+    reference: Any
+    trial: Trial
+    # Whether the trial was told to wait for ``gate``, and when that may open.
+    gate: Any
+    is_flushed: Callable[[], bool]
+
+
 class _Experiment:
     """What one running experiment needs: who is attached where, and the dispatcher."""
 
@@ -178,11 +197,13 @@ class _Experiment:
         report.destination, report.artifacts = storage.experiment_path, config.sync_artifacts
         self._started = time.monotonic()
         self._warned: set[str] = set()
-        self._attaching: dict[str, tuple[Any, Trial]] = {}
+        self._attaching: dict[str, _Attaching] = {}
         self._options = config.options()
+        self._resumed = storage.resumed
+        self._gates = Gates()
 
         here = ray.get_runtime_context().get_node_id()
-        run = Run(
+        self._run = run = Run(
             storage.filesystem,
             storage.session_subdir,
             f"driver-{here}",
@@ -196,11 +217,13 @@ class _Experiment:
             period_s=config.sync_period,
             timeout_s=config.sync_timeout,
             max_syncs_per_node=config.max_syncs_per_node,
-            superseded=_only_missing,
+            prepare=_prepare,
         )
         self.dispatcher.add_target(EXPERIMENT, config.experiment_sync_period)
         options = SyncOptions(
-            concurrency=config.max_concurrent_transfers, timeout_s=config.sync_timeout
+            concurrency=config.max_concurrent_transfers,
+            timeout_s=config.sync_timeout,
+            read_back=config.verify_content,
         )
         job = SyncJob(
             EXPERIMENT,
@@ -231,26 +254,55 @@ class _Experiment:
         actor = tune_internals.trial_actor(trial)
         if not self.config.sync_artifacts or actor is None:
             return
-        self.dispatcher.add_target(trial.trial_id)
+        key = trial.trial_id
+        left = tuple(self.dispatcher.places(key))
+        starts_again = left or self._resumed
+        restoring: Restoring | None = None
+        gate, is_flushed = None, _at_once
+        if starts_again and self.config.restore_artifacts:
+            if left:
+                gate, is_flushed = self._gates.promise(), self._flush(key)
+            flushed = (gate,) if gate else ()
+            restoring = Restoring(self._job(trial), self._run, left, flushed)
+        self.dispatcher.add_target(key)
         # From now on it may be anywhere; what it left where it was is requested by this.
-        self.dispatcher.set_places(trial.trial_id, {})
+        self.dispatcher.set_places(key, {})
         # Queued in the actor ahead of restore and train, so it comes before the training code.
-        reference = actor.__ray_call__.remote(tune_internals.attach)
-        self._attaching[trial.trial_id] = (reference, trial)
+        reference = actor.__ray_call__.remote(attach, restoring)
+        self._attaching[key] = _Attaching(reference, trial, gate, is_flushed)
+
+    def _flush(self, key: str) -> Callable[[], bool]:
+        # What a trial on the driver's disk wrote to get_trial_dir() goes with the driver's files.
+        parts = [self.dispatcher.catch_up(part) for part in (key, EXPERIMENT)]
+        return lambda: all(is_over() for is_over in parts)
+
+    def _job(self, trial: Trial, *more_roots: str) -> SyncJob:
+        working_dir, trial_dir = tune_internals.trial_roots(trial)
+        return SyncJob(
+            trial.trial_id,
+            (working_dir, *more_roots),
+            tune_internals.trial_destination(trial),
+            self._options,
+            drivers_root=trial_dir,
+        )
 
     def _collect_attached(self) -> None:
-        references = [reference for reference, _ in self._attaching.values()]
+        for key, attaching in list(self._attaching.items()):
+            if attaching.gate and attaching.is_flushed():
+                self._gates.open(attaching.gate)
+                self._attaching[key] = replace(attaching, gate=None)
+        references = [attaching.reference for attaching in self._attaching.values()]
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         if not ready:
             return
-        for trial_id, (reference, trial) in list(self._attaching.items()):
-            if reference in ready:
-                del self._attaching[trial_id]
-                self._attached(trial, reference)
+        for key, attaching in list(self._attaching.items()):
+            if attaching.reference in ready:
+                del self._attaching[key]
+                self._attached(attaching.trial, attaching.reference)
 
     def _attached(self, trial: Trial, reference: Any) -> None:
         try:
-            logdir, nodes = ray.get(reference)
+            attached: Attached = ray.get(reference)
         except ray.exceptions.RayActorError as error:
             # It died before its training began. If Tune restarts it, we attach anew.
             self._report.not_attached[trial.trial_id] = f"it ended at once: {describe(error)}"
@@ -266,17 +318,21 @@ class _Experiment:
             )
             return
         self._report.not_attached.pop(trial.trial_id, None)
-        working_dir, trial_dir = tune_internals.trial_roots(trial)
-        destination = tune_internals.trial_destination(trial)
-        job = SyncJob(
-            trial.trial_id,
-            (working_dir, logdir),
-            destination,
-            self._options,
-            drivers_names=tune_internals.DRIVERS_NAMES,
-            drivers_root=trial_dir,
-        )
-        self.dispatcher.set_places(trial.trial_id, dict.fromkeys(nodes, job))
+        if attached.restored:
+            self._restored(trial.trial_id, attached.restored)
+        job = self._job(trial, attached.logdir)
+        self.dispatcher.set_places(trial.trial_id, dict.fromkeys(attached.nodes, job))
+
+    def _restored(self, key: str, report: RestoreReport) -> None:
+        self._report.of(key).restored.append(report)
+        for warning in report.warnings:
+            self.warn_once(warning, f"SyncCallback: {warning}")
+        for failure in report.failures:
+            self.warn_once(
+                f"restore: {failure.error}",
+                f"SyncCallback: {failure}. The trial goes on without it; what storage has stays "
+                "there. Others are in callback.report.not_restored.",
+            )
 
     # -- the loop and its end -------------------------------------------------------------------
 
@@ -315,6 +371,7 @@ class _Experiment:
             broken = [FileFailure("all trials", "", type(error).__name__, describe(error))]
         finally:
             self.dispatcher.stop()
+            self._gates.close()
             self._report.duration_s = time.monotonic() - self._started
         failures = self._report.failures + broken
         if not failures:
@@ -332,8 +389,13 @@ class _Experiment:
             raise SyncError("\n  ".join([self._report.summary(), *named]))
 
 
-def _only_missing(job: SyncJob) -> SyncJob:
-    return replace(job, options=replace(job.options, only_missing=True))
+def _prepare(job: SyncJob, turn: Turn) -> SyncJob:
+    options = replace(job.options, only_missing=turn.superseded)
+    return replace(job, options=options, forced=turn.forced, shared=turn.shared)
+
+
+def _at_once() -> bool:
+    return True
 
 
 def _make_log_visible() -> None:

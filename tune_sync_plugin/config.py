@@ -12,6 +12,15 @@ from ray import tune
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.sync import SyncOptions
 
+_SWITCHES = (
+    "sync_artifacts",
+    "sync_artifacts_on_checkpoint",
+    "follow_symlinks",
+    "restore_artifacts",
+    "verify_content",
+    "strict",
+)
+
 
 @dataclass
 class SyncConfig(tune.SyncConfig):
@@ -36,6 +45,11 @@ class SyncConfig(tune.SyncConfig):
         max_concurrent_transfers: Default 16. Files that one sync has on their way at once.
         max_syncs_per_node: Default 2. Sync tasks that run at once on a node; each is a worker
             process of about 100 MB.
+        restore_artifacts: Default ``True``. Whether a trial that starts again on a node that lacks
+            its artifacts gets them back before its training goes on. Counts with
+            ``sync_artifacts`` only.
+        verify_content: Default ``False``. Every upload is checked by asking storage for its size
+            and, on S3, its checksum. With this, what other storages hold is read back and compared.
         experiment_sync_period: Seconds, default ``None``: as ``sync_period``. The period of the
             driver's directory alone.
         strict: Default ``False``. Whether ``Tuner.fit`` raises ``SyncError`` at the end if
@@ -57,6 +71,8 @@ class SyncConfig(tune.SyncConfig):
     follow_symlinks: bool = False
     max_concurrent_transfers: int = 16
     max_syncs_per_node: int = 2
+    restore_artifacts: bool = True
+    verify_content: bool = False
     experiment_sync_period: float | None = None
     strict: bool = False
 
@@ -65,7 +81,7 @@ class SyncConfig(tune.SyncConfig):
         self._seconds("sync_timeout", self.sync_timeout, positive=True)
         if self.experiment_sync_period is not None:
             self._seconds("experiment_sync_period", self.experiment_sync_period, positive=False)
-        for name in ("sync_artifacts", "sync_artifacts_on_checkpoint", "follow_symlinks", "strict"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise self._error(name, "True or False")
         for name in ("max_concurrent_transfers", "max_syncs_per_node"):
@@ -98,6 +114,7 @@ class SyncConfig(tune.SyncConfig):
             follow_symlinks=self.follow_symlinks,
             concurrency=self.max_concurrent_transfers,
             timeout_s=self.sync_timeout,
+            read_back=self.verify_content,
         )
 
 

@@ -36,6 +36,22 @@ _ALIVE_NODES_TTL_S = 1.0
 _END_MARGIN_S = 0.5
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a job is told about the sync it is about to do.
+
+    Attributes:
+        forced: Whether the request was.
+        superseded: Whether the target has gone on elsewhere and been synced from there, so that
+            nothing of what storage holds may be overwritten from here.
+        shared: Whether the target is, or was, on other nodes as well.
+    """
+
+    forced: bool = False
+    superseded: bool = False
+    shared: bool = False
+
+
 @dataclass
 class _Place:
     """A target's directory on one node."""
@@ -46,6 +62,9 @@ class _Place:
     forced: bool = False
     lost: bool = False
     last_start: float = -math.inf
+    # The number of the last sync that was submitted, and of the last one that has ended.
+    submitted: int = 0
+    ended: int = 0
     last_success: float | None = None
     last_report: SyncReport = SyncReport()
 
@@ -107,8 +126,7 @@ class Dispatcher:
         timeout_s: Seconds after which a sync is killed.
         max_syncs_per_node: Tasks at once on a node. The experiment's directory has one more of its
             own, so that artifacts never hold up the experiment's state.
-        superseded: Makes a job one that overwrites nothing: for a place that the trial has left,
-            once a later place has been synced.
+        prepare: Tells a job what the dispatcher knows about the sync that is about to start.
         clock: Seconds, monotonic.
     """
 
@@ -120,7 +138,7 @@ class Dispatcher:
         period_s: float,
         timeout_s: float,
         max_syncs_per_node: int,
-        superseded: Callable[[Any], Any] = lambda job: job,
+        prepare: Callable[[Any, Turn], Any] = lambda job, turn: job,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
@@ -128,7 +146,7 @@ class Dispatcher:
         self._period_s = period_s
         self._timeout_s = timeout_s
         self._max_per_node = max_syncs_per_node
-        self._superseded = superseded
+        self._prepare = prepare
         self._clock = clock
         self._targets: dict[str, _Target] = {}
         self._queue: list[tuple[float, int, str]] = []
@@ -271,6 +289,7 @@ class Dispatcher:
     def _finish(self, target: _Target, place: _Place, report: SyncReport) -> None:
         target.running = False
         place.last_report = report
+        place.ended = place.submitted
         if report.complete:
             place.last_success = self._clock()
         self._on_report(target.key, place.node_id, report)
@@ -312,12 +331,13 @@ class Dispatcher:
 
     def _submit(self, lane: tuple[str, bool], targets: list[_Target], now: float) -> None:
         items = deque((target, target.places[lane[0]]) for target in targets)
+        jobs = [self._prepare(place.job, self._turn(target, place)) for target, place in items]
         for _, place in items:
             place.wanted = place.forced = False
             place.last_start = now
+            place.submitted += 1
         try:
             budget_s = max(self._end - _END_MARGIN_S - now, 0.0)
-            jobs = [self._job(target, place) for target, place in items]
             handle = self._executor.submit(lane[0], jobs, budget_s)
         except Exception as error:
             for target, place in items:
@@ -326,13 +346,13 @@ class Dispatcher:
             return
         self._batches.append(_Batch(handle, lane, items, now))
 
-    def _job(self, target: _Target, place: _Place) -> Any:
-        if place.node_id in target.current:
-            return place.job
+    @staticmethod
+    def _turn(target: _Target, place: _Place) -> Turn:
         nodes = list(target.places)
         later = nodes[nodes.index(place.node_id) + 1 :]
         synced_since = any(target.places[node_id].last_start > -math.inf for node_id in later)
-        return self._superseded(place.job) if synced_since else place.job
+        superseded = place.node_id not in target.current and synced_since
+        return Turn(place.forced, superseded, shared=len(nodes) > 1)
 
     def _is_alive(self, node_id: str, now: float) -> bool:
         asked, alive = self._alive
@@ -352,6 +372,37 @@ class Dispatcher:
         self._finish(target, place, _failed(target.key, "NodeDiedError", message))
 
     # -- waiting --------------------------------------------------------------------------------
+
+    def places(self, key: str) -> list[str]:
+        """The nodes that a target is and was on, the latest last; none if it is not known."""
+        target = self._targets.get(key)
+        return list(target.places) if target else []
+
+    def catch_up(self, key: str) -> Callable[[], bool]:
+        """Force a sync of everything a target has now, or still owes, on all its nodes.
+
+        Returns a function that tells whether that is over: each was synced, or tried, by a sync
+        that started after this call; or its node is gone.
+        """
+        target = self._targets[key]
+        before = {
+            place.node_id: place.submitted
+            for place in target.places.values()
+            if place.wanted or place.node_id in target.current
+        }
+        for node_id in before:
+            self._want(target.places[node_id], forced=True)
+        self._enqueue(target)
+
+        def is_over() -> bool:
+            if not before:
+                return not target.running
+            return all(
+                target.places[node_id].lost or target.places[node_id].ended > number
+                for node_id, number in before.items()
+            )
+
+        return is_over
 
     def settle(self, keys: Iterable[str], timeout_s: float) -> bool:
         """Poll until nothing forced or running is left for ``keys``; False if time ran out."""

@@ -65,6 +65,8 @@ def is_retryable(error: BaseException) -> bool:
     """
     if isinstance(error, SourceError | PermissionError | NotImplementedError | ValueError):
         return False
+    if isinstance(error, TypeError | AttributeError | LookupError | NameError | AssertionError):
+        return False  # a bug, of ours or of a client's, which the next try has as well
     if isinstance(error, OSError) and error.errno in _FATAL_ERRNOS:
         return False
     return not _FATAL_TEXT.search(str(error))

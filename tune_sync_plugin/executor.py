@@ -11,9 +11,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tune_sync_plugin.directories import Run, SyncJob
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Ended, Event
-from tune_sync_plugin.tasks import Run, SyncJob, sync_directories
+from tune_sync_plugin.tasks import sync_directories
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ Plain values that travel from the sync task to the driver; nothing here imports 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -65,6 +66,31 @@ class SyncReport:
         return not self.failures and not self.deferred
 
 
+@dataclass(frozen=True)
+class RestoreReport:
+    """What was brought back to a trial's directory before it started again.
+
+    Attributes:
+        files_restored: Files brought back, and ``bytes_restored`` their size in bytes.
+        files_kept: Files that were there already.
+        files_local: Files of which another version was there: that one stays, and the stored one
+            is kept under another name when it is overwritten.
+        failures: What could not be brought back. It is in storage, and stays there.
+        from_index: Whether storage had an index of ours, and not only a listing.
+        warnings: Things that lose nothing, such as a damaged index that was rebuilt.
+        duration_s: How long it took, in seconds.
+    """
+
+    files_restored: int = 0
+    bytes_restored: int = 0
+    files_kept: int = 0
+    files_local: int = 0
+    failures: tuple[FileFailure, ...] = ()
+    from_index: bool = False
+    warnings: tuple[str, ...] = ()
+    duration_s: float = 0.0
+
+
 @dataclass
 class TrialReport:
     """The sum of all syncs of one trial (or of the driver's directory) so far.
@@ -76,6 +102,9 @@ class TrialReport:
         bytes_unchanged: Bytes that did not have to be sent again, over all syncs.
         last_by_node: The last sync's report by the id of the node it ran on.
         files: Files in storage after the last sync; one that two nodes sent counts twice.
+        restored: What each restart brought back; see :class:`RestoreReport`.
+        last_sync: When the last complete sync ended, in seconds since the epoch; ``None`` if there
+            was none.
         failures: What the last sync of each node left unsynced.
     """
 
@@ -84,7 +113,9 @@ class TrialReport:
     bytes_uploaded: int = 0
     bytes_unchanged: int = 0
     last_by_node: dict[str, SyncReport] = field(default_factory=dict)
-    _files_by_node: dict[str, int] = field(default_factory=dict)
+    restored: list[RestoreReport] = field(default_factory=list)
+    last_sync: float | None = None
+    _held_by_node: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, node_id: str, report: SyncReport) -> None:
         """Count one more sync, run on ``node_id``."""
@@ -95,11 +126,24 @@ class TrialReport:
         self.last_by_node[node_id] = report
         # A sync that never got to work says nothing about what storage holds.
         files = report.files_uploaded + report.files_unchanged
-        self._files_by_node[node_id] = files or self._files_by_node.get(node_id, 0)
+        if files:
+            self._held_by_node[node_id] = (files, report.bytes_uploaded + report.bytes_unchanged)
+        if report.complete:
+            self.last_sync = time.time()
 
     @property
     def files(self) -> int:
-        return sum(self._files_by_node.values())
+        return sum(files for files, _ in self._held_by_node.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in storage after the last sync, counted as ``files`` are."""
+        return sum(size for _, size in self._held_by_node.values())
+
+    @property
+    def not_restored(self) -> list[FileFailure]:
+        """What the last restart did not get back. It is in storage."""
+        return list(self.restored[-1].failures) if self.restored else []
 
     @property
     def failures(self) -> list[FileFailure]:
@@ -158,6 +202,16 @@ class ExperimentReport:
         return [failure for part in self._parts() for failure in part.failures]
 
     @property
+    def not_restored(self) -> list[FileFailure]:
+        """What trials that started again did not get back. It is in storage, and stays there."""
+        return [failure for part in self._parts() for failure in part.not_restored]
+
+    @property
+    def files_restored(self) -> int:
+        """Files brought back to trials that started again."""
+        return sum(report.files_restored for part in self._parts() for report in part.restored)
+
+    @property
     def files(self) -> int:
         """Files in storage."""
         return sum(part.files for part in self._parts())
@@ -185,6 +239,8 @@ class ExperimentReport:
             f"{human_bytes(self.bytes_uploaded)} uploaded, "
             f"{human_bytes(self.bytes_unchanged)} unchanged, "
             f"{len(self.failures)} failed, {self.duration_s:.1f} s"
+            + (f", {self.files_restored} restored" if self.files_restored else "")
+            + (f", {len(self.not_restored)} not restored" if self.not_restored else "")
             + (f", {len(self.not_attached)} trials left to Ray" if self.not_attached else "")
         )
 

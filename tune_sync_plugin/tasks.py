@@ -1,95 +1,40 @@
-"""The functions that run as remote Ray tasks. Thin: they find the directories and call the engine.
+"""What runs in Ray's worker processes: syncs as tasks, the attach in the trial's own actor.
 
-Imports no part of Ray Tune, which would cost every new worker process seconds.
+Thin: it calls the engine on what ``directories.py`` finds. Imports no part of Ray Tune, which would
+cost every new worker process seconds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from tune_sync_plugin.engine.storage import LocalStorage, storage_at
-from tune_sync_plugin.engine.sync import SyncOptions, sync
+import ray
+
+from tune_sync_plugin import tune_internals
+from tune_sync_plugin.directories import Directories, Run, SyncJob
+from tune_sync_plugin.engine.restore import RestoreOptions, restore
+from tune_sync_plugin.engine.sync import sync
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Event, Started, Synced
-from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
+from tune_sync_plugin.report import FileFailure, RestoreReport, SyncReport
 
-# Ours, beside Ray's `driver_artifacts` and `working_dirs` in a run's session directory.
-_OUR_DIR = "tune_sync"
 # The driver kills a task that reported a timeout; should the driver be gone, it ends by itself.
 _LINGER_S = 30.0
 
 
-@dataclass(frozen=True)
-class SyncJob:
-    """One trial's directory, or the experiment's, to sync from whatever node it runs on.
-
-    Attributes:
-        key: The trial's id, or ``"experiment"``.
-        roots: The directories, relative to the run's session directory on the node (or absolute).
-        destination: The prefix on the storage file system.
-        options: Filters, limits and ``sync_timeout``.
-        must_exist: Whether a missing root is a failure, rather than nothing to sync.
-        drivers_names: Names at the destination that belong to the driver.
-        drivers_root: Where the driver keeps its files for the same destination. On the driver's
-            disk they belong to the driver, which syncs them itself; elsewhere it is one more root.
-    """
-
-    key: str
-    roots: tuple[str, ...]
-    destination: str
-    options: SyncOptions
-    must_exist: bool = False
-    drivers_names: frozenset[str] = frozenset()
-    drivers_root: str = ""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all jobs of one experiment share.
-
-    Attributes:
-        filesystem: The ``pyarrow.fs.FileSystem`` that Ray resolved the storage path to.
-        session_subdir: Where the run's files are on any node, below Ray's session directory.
-        driver_mark: Names the file that tells the driver's disk.
-        destination: The experiment's prefix on the file system.
-        storage_mark: A file there, by which to tell that a local path is the one the driver sees.
-    """
-
-    filesystem: Any
-    session_subdir: str
-    driver_mark: str
-    destination: str
-    storage_mark: str
-
-
-def mark_driver_disk(run: Run, session_dir: str) -> None:
-    """Leave a file by which a task can tell that its node's disk is the driver's.
-
-    Node ids don't: several nodes of one machine share a session directory.
-    """
-    directory = os.path.join(session_dir, run.session_subdir, _OUR_DIR)
-    os.makedirs(directory, exist_ok=True)
-    with open(os.path.join(directory, run.driver_mark), "w"):
-        pass
-
-
 def sync_directories(jobs: Sequence[SyncJob], run: Run, budget_s: float) -> Iterator[Event]:
     """Sync the jobs' directories on the node this runs on, yielding a report after each."""
-    from tune_sync_plugin.tune_internals import session_dir
-
     yield Started()
     end = time.monotonic() + budget_s
-    here = os.path.join(session_dir(), run.session_subdir)
+    here, node = _here(run)
     for job in jobs:
         timeout_s = min(job.options.timeout_s, max(end - time.monotonic(), 0.0))
         report = _sync_one(
-            replace(job, options=replace(job.options, timeout_s=timeout_s)), run, here
+            replace(job, options=replace(job.options, timeout_s=timeout_s)), run, here, node
         )
         yield Synced(report)
         if report.timed_out:
@@ -98,43 +43,89 @@ def sync_directories(jobs: Sequence[SyncJob], run: Run, budget_s: float) -> Iter
             os._exit(1)
 
 
-def _sync_one(job: SyncJob, run: Run, here: str) -> SyncReport:
+def _here(run: Run) -> tuple[str, str]:
+    here = os.path.join(tune_internals.session_dir(), run.session_subdir)
+    return here, ray.get_runtime_context().get_node_id()
+
+
+def _sync_one(job: SyncJob, run: Run, here: str, node: str) -> SyncReport:
     try:
-        storage = storage_at(run.filesystem, job.destination)
-        if job.key != EXPERIMENT and isinstance(storage, LocalStorage):
-            _check_shared(run)
-        roots = list(job.roots)
-        drivers: str | None = None
-        if job.drivers_root:
-            if os.path.exists(os.path.join(here, _OUR_DIR, run.driver_mark)):
-                drivers = os.path.join(here, job.drivers_root)
-            else:
-                roots.append(job.drivers_root)
-
-        def taken(path: str) -> bool:
-            return path in job.drivers_names or (
-                drivers is not None and os.path.lexists(os.path.join(drivers, path))
-            )
-
-        # One manifest per destination: a restored run may write somewhere else.
-        name = hashlib.sha256(storage.name.encode()).hexdigest()[:16]
-        readable = re.sub(r"[^\w.-]", "_", job.key)[:64]
-        manifest = os.path.join(here, _OUR_DIR, f"{readable}-{name}.sqlite")
-        # The same directory may have been named twice.
-        paths = list(dict.fromkeys(os.path.realpath(os.path.join(here, root)) for root in roots))
-        if job.must_exist and not all(map(os.path.isdir, paths)):
-            raise FileNotFoundError(f"this node has no {' or '.join(paths)}")
-        return sync(paths, storage, manifest, job.options, label=job.key, taken=taken)
+        place = Directories(job, run, here, node)
+        if job.must_exist and not all(map(os.path.isdir, place.roots)):
+            raise FileNotFoundError(f"this node has no {' or '.join(place.roots)}")
+        return sync(
+            place.roots,
+            place.storage,
+            place.manifest,
+            job.options,
+            label=job.key,
+            taken=place.is_taken,
+            indexing=place.indexing(),
+            labels=place.labels,
+        )
     except Exception as error:
         message = f"syncing {job.destination} failed: {describe(error)}"
         return SyncReport(failures=(FileFailure(job.key, "", type(error).__name__, message),))
 
 
-def _check_shared(run: Run) -> None:
-    # On a node that does not see the driver's storage a local path is just a directory of its own,
-    # and a sync to it would succeed.
-    if not storage_at(run.filesystem, run.destination).exists(run.storage_mark):
-        raise FileNotFoundError(
-            f"this node does not see the driver's storage: {run.destination}/{run.storage_mark} is "
-            "missing. A local storage_path must be on a file system that all nodes mount, as NFS"
-        )
+@dataclass(frozen=True)
+class Restoring:
+    """How a trial that starts again gets its artifacts back.
+
+    Attributes:
+        job: The trial's sync job, with the working directory as the only root.
+        run: The experiment.
+        left: The ids of the nodes where the trial was earlier in this run.
+        flushed: A reference that is ready when these hold nothing unsynced any more. In a tuple,
+            so that one that fails does not fail the attach.
+    """
+
+    job: SyncJob
+    run: Run
+    left: tuple[str, ...] = ()
+    flushed: tuple[Any, ...] = ()
+
+
+class Attached(NamedTuple):
+    """What attaching to a trial found out: see :func:`tune_internals.attach`."""
+
+    logdir: str
+    nodes: list[str]
+    restored: RestoreReport | None
+
+
+def attach(trainable: Any, restoring: Restoring | None) -> Attached:
+    """Take over a trial's artifacts, and bring back those that this node lacks.
+
+    Runs inside the trial's actor before its training code does. Restoring never fails it.
+    """
+    restored = _restore(restoring) if restoring else None
+    return Attached(*tune_internals.attach(trainable), restored)
+
+
+def _restore(restoring: Restoring) -> RestoreReport | None:
+    job, run = restoring.job, restoring.run
+    try:
+        here, node = _here(run)
+        place = Directories(job, run, here, node)
+        if set(restoring.left) == {node} and os.path.isdir(place.roots[0]):
+            return None  # it is as the trial left it
+        started = time.monotonic()
+        unflushed: tuple[str, ...] = ()
+        if restoring.flushed:
+            timeout_s = job.options.timeout_s
+            flushed, _ = ray.wait(list(restoring.flushed), timeout=timeout_s, fetch_local=False)
+            if not flushed:
+                unflushed = (
+                    f"trial {job.key} did not wait any longer than sync_timeout={timeout_s:g} s "
+                    "for the last files from the node it was on",
+                )
+        # Something is left in any case: what held the flush up need not hold this up.
+        left_s = max(job.options.timeout_s - (time.monotonic() - started), 10.0)
+        options = RestoreOptions(job.options.concurrency, left_s, tune_internals.is_drivers)
+        report = restore(place.to_restore(), place.storage, place.manifest, options, label=job.key)
+        return replace(report, warnings=(*unflushed, *report.warnings))
+    except Exception as error:
+        message = f"restoring from {job.destination} failed: {describe(error)}"
+        failure = FileFailure(job.key, "", type(error).__name__, message)
+        return RestoreReport(failures=(failure,))

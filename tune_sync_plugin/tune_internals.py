@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,11 @@ class Storage:
             trial.storage.sync_config = config
 
     @property
+    def resumed(self) -> bool:
+        """Whether this run goes on with an experiment from storage (``Tuner.restore``)."""
+        return bool(getattr(self._controller, "resumed", False))
+
+    @property
     def syncer(self) -> Any:
         return self._context.syncer
 
@@ -155,6 +161,19 @@ def trial_roots(trial: Trial) -> tuple[str, str]:
 DRIVERS_NAMES = frozenset(
     ("error.pkl", "error.txt", "params.json", "params.pkl", "progress.csv", "result.json")
 )
+
+# What else the driver's default callbacks and checkpointing put there.
+_NO_ARTIFACTS = re.compile(r"checkpoint_[^/]*/|events\.out\.tfevents\.")
+
+
+def is_drivers(path: str) -> bool:
+    """Whether a file in a trial's directory is, by its name, no artifact.
+
+    For where only a listing is there to go by: it is better to leave an artifact in storage than to
+    take a checkpoint for one.
+    """
+    return path in DRIVERS_NAMES or bool(_NO_ARTIFACTS.match(path))
+
 
 # Ray leaves it in the experiment's directory to tell whether a node sees the same storage.
 STORAGE_MARK = ".validate_storage_marker"

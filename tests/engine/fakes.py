@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import Storage
+from tune_sync_plugin.engine.source import Content, Memory, Source
+from tune_sync_plugin.engine.storage import Stat, Storage
 
 
 class Around:
@@ -32,8 +32,20 @@ class Around:
     def has_directories(self) -> bool:
         return self.inner.has_directories
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         self.inner.write(path, source, run_id)
+
+    def stat(self, path: str) -> Stat | None:
+        return self.inner.stat(path)
+
+    def read(self, path: str) -> Iterator[bytes]:
+        return self.inner.read(path)
+
+    def files(self) -> dict[str, int]:
+        return self.inner.files()
+
+    def copy(self, path: str, to: str) -> None:
+        self.inner.copy(path, to)
 
     def remove(self, path: str) -> None:
         self.inner.remove(path)
@@ -53,7 +65,7 @@ class Counting(Around):
         self._busy = 0
         self._lock = threading.Lock()
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         with self._lock:
             self.writes.append(path)
             self.requests += 1
@@ -89,7 +101,7 @@ class Failing(Around):
         self.attempts: Counter[str] = Counter()
         self._error, self._times, self._affects = error, times, affects
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         self.attempts[path] += 1
         if self._affects(path) and self.attempts[path] <= self._times:
             raise self._error(path)
@@ -104,7 +116,7 @@ class Hanging(Around):
         self._hangs = hangs
         self._released = threading.Event()
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         if path in self._hangs and not self._released.wait(60):
             raise RuntimeError("the test never released the hung write")
         super().write(path, source, run_id)
@@ -121,7 +133,7 @@ class Meeting(Around):
         self._barrier = threading.Barrier(parties)
         self._patience_s = patience_s
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         self._barrier.wait(self._patience_s)
         super().write(path, source, run_id)
 
@@ -133,7 +145,7 @@ class Watched(Around):
         super().__init__(inner)
         self._on_moment = on_moment
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         self._on_moment("before", path)
         super().write(path, _WatchedSource(source, lambda: self._on_moment("during", path)), run_id)
         self._on_moment("after", path)
@@ -167,7 +179,7 @@ class Killing(Around):
                 os.kill(os.getpid(), signal.SIGKILL)
                 signal.pause()
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         self.step()
         super().write(path, _WatchedSource(source, self.step), run_id)
         self.step()
@@ -203,11 +215,29 @@ class ObjectStorage:
         self.name = f"objects:{directory}"
         directory.mkdir(exist_ok=True)
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
-        target = self._directory / hashlib.sha256(path.encode()).hexdigest()
+    def write(self, path: str, source: Content, run_id: str) -> None:
+        target = self._key(path)
         unseen = target.with_suffix(f".{threading.get_ident()}")
         unseen.write_bytes(path.encode() + b"\0" + b"".join(source.chunks()))
         unseen.replace(target)
+
+    def _key(self, path: str) -> Path:
+        return self._directory / hashlib.sha256(path.encode()).hexdigest()
+
+    def stat(self, path: str) -> Stat | None:
+        if not self._key(path).exists():
+            return None
+        content = self._key(path).read_bytes().partition(b"\0")[2]
+        return Stat(len(content), hashlib.md5(content).hexdigest())
+
+    def read(self, path: str) -> Iterator[bytes]:
+        yield self._key(path).read_bytes().partition(b"\0")[2]
+
+    def files(self) -> dict[str, int]:
+        return {path: len(content) for path, content in self.contents().items()}
+
+    def copy(self, path: str, to: str) -> None:
+        self.write(to, Memory(next(self.read(path))), "")
 
     def remove(self, path: str) -> None:
         raise AssertionError("nothing is ever in the way on an object store")

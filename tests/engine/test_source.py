@@ -30,7 +30,7 @@ def test_whole_file_in_bounded_chunks(file: Path, size: int) -> None:
         chunks = list(source.chunks())
         assert source.read() == b"".join(chunks) == file.read_bytes()
         assert max(map(len, chunks), default=0) <= CHUNK_BYTES
-        assert source.digest() == hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+        assert source.checksum == hashlib.md5(file.read_bytes()).hexdigest()
 
 
 def test_never_reads_beyond_the_size_that_was_scanned(
@@ -147,11 +147,17 @@ def test_read_errors_name_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_hashes_what_it_hands_out(file: Path) -> None:
     with Source(entry_of(file)) as source:
+        first = source.chunks()
+        next(first)
+        assert source.checksum == "", "not all of it was handed out"
+        file.write_bytes(b"9876543210")
+        assert list(first) == []
+        assert source.matches(hashlib.md5(b"9876543210").hexdigest())
+    with Source(entry_of(file)) as source:
         source.read()
-        assert source.sent_digest is None
-        source.hashing = True
-        source.read()
-        assert source.sent_digest == source.digest()
+        file.write_bytes(b"0123456789")
+        assert source.checksum == hashlib.md5(b"9876543210").hexdigest()
+        assert not source.matches(source.checksum)
 
 
 def test_closes_its_file(file: Path) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import posixpath
+from collections.abc import Iterator
 from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
 
-from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import partial_path, service
+from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
+from tune_sync_plugin.engine.storage import Stat, is_partial, partial_path, service
 
 # Up to here a file is read before its upload starts, so that one that shrinks costs no upload.
 _WHOLE_BYTES = 4 << 20
@@ -34,7 +35,7 @@ class ArrowStorage:
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         if not self.has_directories:
             self._stream(self._at(path), source)
             return
@@ -47,7 +48,7 @@ class ArrowStorage:
             self.discard_partial(path, run_id)
             raise
 
-    def _stream(self, target: str, source: Source) -> None:
+    def _stream(self, target: str, source: Content) -> None:
         chunks = [source.read()] if source.size <= _WHOLE_BYTES else source.chunks()
         # compression=None: the default gzips a file whose name ends in .gz once more.
         out = self._fs.open_output_stream(target, compression=None)
@@ -60,8 +61,33 @@ class ArrowStorage:
             raise
         out.close()
 
-    def exists(self, path: str) -> bool:
-        return bool(self._fs.get_file_info(self._at(path)).type == FileType.File)
+    def stat(self, path: str) -> Stat | None:
+        if self._fs.type_name != "s3":
+            info = self._fs.get_file_info(self._at(path))
+            return Stat(info.size) if info.type == FileType.File else None
+        try:
+            # One request, and the only way to the ETag; nothing is read.
+            with self._fs.open_input_stream(self._at(path), compression=None) as stream:
+                facts = stream.metadata()
+        except FileNotFoundError:
+            return None
+        return Stat(int(facts["Content-Length"]), facts.get("ETag", b"").decode())
+
+    def read(self, path: str) -> Iterator[bytes]:
+        with self._fs.open_input_stream(self._at(path), compression=None) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+
+    def files(self) -> dict[str, int]:
+        everything = FileSelector(self._root, recursive=True, allow_not_found=True)
+        return {
+            posixpath.relpath(info.path, self._root): info.size
+            for info in self._fs.get_file_info(everything)
+            if info.type == FileType.File and not is_partial(info.path)
+        }
+
+    def copy(self, path: str, to: str) -> None:
+        self._fs.copy_file(self._at(path), self._at(to))
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+from collections.abc import Iterator
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import partial_path, service
+from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
+from tune_sync_plugin.engine.storage import Stat, is_partial, partial_path, service
 
 # Up to here one request sends the whole file; above it goes in parts.
 _WHOLE_BYTES = 8 << 20
@@ -38,7 +39,7 @@ class FsspecStorage:
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         final = self._at(path)
         if "?versionId=" in path and "s3" in self._fs.protocol:
             raise ValueError("s3fs would cut the name off at '?versionId='; rename the file")
@@ -54,7 +55,7 @@ class FsspecStorage:
             self.discard_partial(path, run_id)
             raise
 
-    def _send(self, target: str, source: Source) -> None:
+    def _send(self, target: str, source: Content) -> None:
         if source.size <= _WHOLE_BYTES:
             self._fs.pipe_file(target, source.read())
             return
@@ -79,8 +80,35 @@ class FsspecStorage:
         else:
             self._fs.mv(old, new)
 
-    def exists(self, path: str) -> bool:
-        return bool(self._fs.isfile(self._at(path)))
+    def stat(self, path: str) -> Stat | None:
+        self._forget(path)
+        try:
+            info = self._fs.info(self._at(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Stat(info["size"], info.get("ETag")) if info["type"] == "file" else None
+
+    def read(self, path: str) -> Iterator[bytes]:
+        self._forget(path)
+        with self._fs.open(self._at(path), "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+    def files(self) -> dict[str, int]:
+        self._fs.invalidate_cache()
+        root = self._fs._strip_protocol(self._root)
+        return {
+            posixpath.relpath(name, root): info["size"]
+            for name, info in self._fs.find(self._root, detail=True).items()
+            if info["type"] == "file" and not is_partial(name)
+        }
+
+    def copy(self, path: str, to: str) -> None:
+        self._fs.cp_file(self._at(path), self._at(to))
+
+    def _forget(self, path: str) -> None:
+        # What somebody else has written since is not in the listings that fsspec keeps.
+        self._fs.invalidate_cache(posixpath.dirname(self._at(path)))
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):

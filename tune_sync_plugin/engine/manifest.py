@@ -2,6 +2,7 @@
 
 The manifest may claim less than storage holds, never more: a path's record is withdrawn before its
 upload starts and written after it has ended, so a sync killed at any moment only costs a re-upload.
+It also remembers what storage holds that came from elsewhere, for the index (see ``index.py``).
 """
 
 from __future__ import annotations
@@ -9,16 +10,24 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 
+from tune_sync_plugin.engine.index import Entry
 from tune_sync_plugin.engine.plan import Record
 from tune_sync_plugin.engine.scan import Fingerprint
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY,
-    size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER, digest BLOB
+    size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER,
+    checksum TEXT, racy INTEGER, root TEXT,
+    uploading INTEGER,  -- withdrawn: what storage holds is not certain
+    indexed INTEGER     -- whether the index in storage has this very row
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS foreigners (
+    path TEXT PRIMARY KEY, size INTEGER, checksum TEXT, root TEXT
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 """
@@ -33,40 +42,49 @@ _UNFINISHED = Fingerprint(-1, -1, -1, -1)
 class Manifest:
     """The records of one destination.
 
-    Opening never fails. A corrupt file, or one that describes another destination, is replaced;
-    where nothing can be written the records live in memory for one sync, and ``warning`` says so.
+    Opening never fails. A corrupt file is set aside, under its name with ``.corrupt-`` and the
+    time behind it; one that describes another destination is emptied; where nothing can be written
+    the records live in memory for one sync. ``warning`` says so.
 
     Args:
         path: The SQLite file. Its directory is made if missing. Only one process may use it at a
             time; the dispatcher sees to that.
         destination: Names the storage and the prefix that the records are about.
 
+    Attributes:
+        damaged: Whether records were lost, so that storage holds more than this knows.
+
     Example:
         >>> manifest = Manifest(":memory:", "local:/results/trial")
         >>> manifest.withdraw(["a.txt"])
-        >>> manifest.record({"a.txt": Record(Fingerprint(3, 1, 1, 7))})
+        >>> manifest.record({"a.txt": Record(Fingerprint(3, 1, 1, 7), "9003d1df22eb4d38")})
         >>> manifest.load()["a.txt"].fingerprint.size
         3
     """
 
     def __init__(self, path: str, destination: str) -> None:
         self.warning: str | None = None
+        self.damaged = False
         self._path = path
         self._destination = destination
         self.run_id = uuid.uuid4().hex[:12]
         try:
             self._open(path)
         except _UNUSABLE as first:
+            self.damaged = True
             try:
-                self._unlink()
+                kept = self._set_aside()
                 self._open(path)
-                self.warning = f"the sync manifest {path} was unreadable and was replaced ({first})"
+                self.warning = (
+                    f"the sync manifest {path} was unreadable ({first}); it was set aside as "
+                    f"{kept} and is built anew by comparing files with what storage holds"
+                )
             except _UNUSABLE as error:
                 self._do_without(error)
         if self._meta("destination") not in (None, destination):
             with self._transaction() as db:
-                db.execute("DELETE FROM files")
-                db.execute("DELETE FROM meta")
+                for table in ("files", "foreigners", "meta"):
+                    db.execute(f"DELETE FROM {table}")
 
     def _open(self, path: str) -> None:
         if path != ":memory:":
@@ -81,23 +99,31 @@ class Manifest:
             self._db.executescript(_SCHEMA)
             # Reads every row, so that damage is found here and not in the midst of a sync.
             self._meta("destination")
-            for _ in self._rows():
-                pass
+            self.load()
+            self.foreigners()
         except BaseException:
             self._db.close()
             raise
 
+    def _set_aside(self) -> str:
+        # Kept, since somebody may want to know what happened; the journal belongs to it.
+        kept = f"{self._path}.corrupt-{time.time_ns()}"
+        for suffix in ("-wal", "-shm", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self._path + suffix, kept + suffix)
+        return kept
+
     def _unlink(self) -> None:
-        # Ours, and useless: a fresh one costs one full upload.
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path + suffix)
 
     def _do_without(self, error: Exception) -> None:
         self._open(":memory:")
+        self.damaged = True
         self.warning = (
-            f"the sync manifest {self._path} can't be used ({error}): every sync uploads "
-            "everything again until Ray's session directory on this node is writable"
+            f"the sync manifest {self._path} can't be used ({error}): every sync compares or "
+            "uploads everything again until Ray's session directory on this node is writable"
         )
 
     @contextlib.contextmanager
@@ -117,19 +143,27 @@ class Manifest:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return row[0] if row else None
 
+    # -- what was sent from here ----------------------------------------------------------------
+
     def load(self) -> dict[str, Record]:
         """All records. A path whose upload never ended has one that no file matches."""
-        return {path: Record(Fingerprint(*facts), digest) for path, *facts, digest in self._rows()}
-
-    def _rows(self) -> sqlite3.Cursor:
-        return self._db.execute("SELECT path, size, mtime_ns, ctime_ns, inode, digest FROM files")
+        rows = self._db.execute(
+            "SELECT path, size, mtime_ns, ctime_ns, inode, checksum, racy, root, uploading "
+            "FROM files"
+        )
+        return {
+            path: Record(
+                _UNFINISHED if uploading else Fingerprint(*facts), checksum, bool(racy), root
+            )
+            for path, *facts, checksum, racy, root, uploading in rows
+        }
 
     def interrupted(self) -> tuple[str, list[str]] | None:
         """The run id and the paths of an earlier sync that did not end as it should."""
         run_id = self._meta("run_id")
         if not run_id:
             return None  # the usual case, which need not read the table
-        paths = [p for (p,) in self._db.execute("SELECT path FROM files WHERE size = -1")]
+        paths = [p for (p,) in self._db.execute("SELECT path FROM files WHERE uploading")]
         return (run_id, paths) if paths else None
 
     def withdraw(self, paths: Iterable[str]) -> None:
@@ -139,18 +173,27 @@ class Manifest:
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)",
                 [("destination", self._destination), ("run_id", self.run_id)],
             )
+            # The old row stays: it tells what storage has still, if all goes wrong.
             db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, NULL)",
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, '', 0, '', 1, 0) "
+                "ON CONFLICT (path) DO UPDATE SET uploading = 1, indexed = 0",
                 [(path, *_UNFINISHED) for path in paths],
             )
+            self._mark_unindexed(db)
 
     def record(self, records: Mapping[str, Record]) -> None:
         """Remember files that storage now holds."""
         with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('destination', ?)", [self._destination])
             db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
-                [(path, *record.fingerprint, record.digest) for path, record in records.items()],
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
+                [
+                    (path, *record.fingerprint, record.checksum, record.racy, record.root)
+                    for path, record in records.items()
+                ],
             )
+            db.executemany("DELETE FROM foreigners WHERE path = ?", [(path,) for path in records])
+            self._mark_unindexed(db)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop paths that are no longer in storage."""
@@ -161,6 +204,74 @@ class Manifest:
         """Note that no half-written file is left behind: from now on nothing is interrupted."""
         with self._transaction() as db:
             db.execute("DELETE FROM meta WHERE key = 'run_id'")
+
+    # -- what the index is about ----------------------------------------------------------------
+
+    @property
+    def knows_index(self) -> bool:
+        """Whether the index in storage has been read since this manifest was made."""
+        return self._meta("index_read") is not None
+
+    def meet(self, entries: Mapping[str, Entry]) -> None:
+        """Take in the index: what it names and we did not send came from elsewhere."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                [("destination", self._destination), ("index_read", "1")],
+            )
+            ours = {path for (path,) in db.execute("SELECT path FROM files")}
+            self._add_foreigners(db, {p: e for p, e in entries.items() if p not in ours})
+
+    def disown(self, entries: Mapping[str, Entry]) -> None:
+        """Storage holds these now, and not what we sent: somebody else went on with them."""
+        with self._transaction() as db:
+            db.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in entries])
+            self._add_foreigners(db, entries)
+
+    @staticmethod
+    def _add_foreigners(db: sqlite3.Connection, entries: Mapping[str, Entry]) -> None:
+        db.executemany(
+            "INSERT OR REPLACE INTO foreigners VALUES (?, ?, ?, ?)",
+            [(path, *entry) for path, entry in entries.items()],
+        )
+        if entries:
+            Manifest._mark_unindexed(db)
+
+    @staticmethod
+    def _mark_unindexed(db: sqlite3.Connection) -> None:
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('unindexed', '1')")
+
+    @property
+    def unindexed(self) -> bool:
+        """Whether anything has changed since the index was written."""
+        return self._meta("unindexed") is not None
+
+    def foreigners(self) -> dict[str, Entry]:
+        """What storage holds that was not sent from here."""
+        rows = self._db.execute("SELECT path, size, checksum, root FROM foreigners")
+        return {path: Entry(*facts) for path, *facts in rows}
+
+    def index_entries(self, *, only_new: bool = False) -> dict[str, Entry]:
+        """What the index has to say of the files sent from here, or of those it has not yet."""
+        # Without a size: an upload of which nobody knows how it ended.
+        rows = self._db.execute(
+            "SELECT path, CASE uploading WHEN 0 THEN size END, "
+            "CASE uploading WHEN 0 THEN checksum ELSE '' END, root FROM files "
+            "WHERE (size >= 0 OR NOT uploading)" + (" AND NOT indexed" if only_new else "")
+        )
+        return {path: Entry(*facts) for path, *facts in rows}
+
+    @property
+    def indexed_paths(self) -> str | None:
+        """What :meth:`index_written` was given last."""
+        return self._meta("indexed_paths")
+
+    def index_written(self, paths: str) -> None:
+        """The index in storage has all of this; ``paths`` stands for the set of its paths."""
+        with self._transaction() as db:
+            db.execute("UPDATE files SET indexed = 1 WHERE NOT indexed")
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('indexed_paths', ?)", [paths])
+            db.execute("DELETE FROM meta WHERE key = 'unindexed'")
 
     def close(self) -> None:
         """Close the file; the manifest can't be used afterwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tune_sync_plugin.engine.scan import FileEntry, Fingerprint
@@ -13,11 +14,14 @@ from tune_sync_plugin.engine.scan import FileEntry, Fingerprint
 class Record(NamedTuple):
     """What storage is known to hold under a path: the file as it was when it was uploaded.
 
-    ``digest`` is set if the fingerprint was racy, so that it alone proves nothing.
+    ``racy`` means that the fingerprint alone proves nothing, and the checksum has to. ``root`` says
+    in which of the synced directories the file was, by that one's label.
     """
 
     fingerprint: Fingerprint
-    digest: bytes | None = None
+    checksum: str = ""
+    racy: bool = False
+    root: str = ""
 
 
 class Reason(Enum):
@@ -27,14 +31,16 @@ class Reason(Enum):
     APPENDED = "appended"
     CHANGED = "changed"
     UNPROVEN = "written too close to the last scan to tell; compare contents first"
+    FOREIGN = "storage has one that was not sent from here; compare, or keep it under another name"
+    UNRECORDED = "storage may have it already, but the record of that was lost; compare"
 
 
 class Upload(NamedTuple):
-    """A file to upload; ``digest`` is what storage holds if that has to be compared first."""
+    """A file to upload; ``checksum`` is what storage holds if that has to be compared first."""
 
     entry: FileEntry
     reason: Reason
-    digest: bytes | None = None
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,21 @@ class Plan:
 
 
 def make_plan(
-    files: Mapping[str, FileEntry], known: Mapping[str, Record], *, has_directories: bool
+    files: Mapping[str, FileEntry],
+    known: Mapping[str, Record],
+    unrecorded: Mapping[str, Reason] = MappingProxyType({}),
+    *,
+    has_directories: bool,
 ) -> Plan:
     """Compare what is there with what storage holds.
 
     | local file                         | storage (by the manifest)  | do                    |
     |------------------------------------|----------------------------|-----------------------|
     | any                                | nothing                    | upload (NEW)          |
+    | any                                | one without a record       | as ``unrecorded`` says|
     | same inode, larger                 | the smaller one            | upload (APPENDED)     |
     | any other difference               | something                  | upload (CHANGED)      |
-    | same fingerprint, but a racy one   | it, with a digest          | compare (UNPROVEN)    |
+    | same fingerprint, but a racy one   | it                         | compare (UNPROVEN)    |
     | same fingerprint                   | it                         | nothing               |
     | gone                               | something                  | nothing: never delete |
     | gone, a file is now a directory    | something, on a file system| remove, then upload   |
@@ -74,13 +85,13 @@ def make_plan(
         record = known.get(path)
         new = entry.fingerprint
         if record is None:
-            uploads.append(Upload(entry, Reason.NEW))
+            uploads.append(Upload(entry, unrecorded.get(path, Reason.NEW)))
         elif new != record.fingerprint:
             old = record.fingerprint
             grew = new.inode == old.inode and new.size > old.size
             uploads.append(Upload(entry, Reason.APPENDED if grew else Reason.CHANGED))
-        elif record.digest is not None:
-            uploads.append(Upload(entry, Reason.UNPROVEN, record.digest))
+        elif record.racy:
+            uploads.append(Upload(entry, Reason.UNPROVEN, record.checksum))
         else:
             files_unchanged += 1
             bytes_unchanged += new.size

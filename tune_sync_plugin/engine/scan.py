@@ -10,8 +10,9 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tune_sync_plugin.engine.filters import Filter
@@ -49,11 +50,15 @@ class Fingerprint(NamedTuple):
 
 
 class FileEntry(NamedTuple):
-    """A file to sync: its path relative to the root, where it lies, and its fingerprint."""
+    """A file to sync: its path relative to the root, where it lies, and its fingerprint.
+
+    ``root`` is the label of the directory it was found in.
+    """
 
     path: str
     location: str
     fingerprint: Fingerprint
+    root: str = ""
 
 
 @dataclass
@@ -67,16 +72,23 @@ class Scan:
     started_ns: int = field(default_factory=time.time_ns)
 
 
-def scan(roots: list[str], keep: Filter, *, follow_symlinks: bool = False) -> Scan:
+def scan(
+    roots: Sequence[str],
+    keep: Filter,
+    *,
+    follow_symlinks: bool = False,
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> Scan:
     """Walk ``roots`` and fingerprint every regular file that ``keep`` wants.
 
     Links to files count as files; links to directories are followed only if asked to, and never
     around a loop. A root that does not exist is empty. Where two roots hold the same relative path
-    the first one wins and the path is listed in ``conflicts``.
+    the first one wins and the path is listed in ``conflicts``. ``labels`` names the roots.
     """
     result = Scan()
     for root in roots:
-        for entry in _walk(root, keep, follow_symlinks, result):
+        for found in _walk(root, keep, follow_symlinks, result):
+            entry = found._replace(root=labels[root]) if root in labels else found
             if result.files.setdefault(entry.path, entry) is not entry:
                 result.conflicts.append(entry.path)
     return result

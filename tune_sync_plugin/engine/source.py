@@ -7,21 +7,45 @@ the file's place, and hears of a file that shrank as an error of its own.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from functools import partial
 from types import TracebackType
+from typing import Protocol
 
+from tune_sync_plugin.engine.checksum import Checksum, checksum_of
 from tune_sync_plugin.engine.scan import FileEntry, Fingerprint
 from tune_sync_plugin.errors import SourceChangedError, SourceError
 
 CHUNK_BYTES = 1 << 20
 
-_hasher = partial(hashlib.blake2b, digest_size=16)
-
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ESTALE}
+
+
+class Content(Protocol):
+    """What a storage can be told to write; its size is known beforehand."""
+
+    size: int
+
+    def chunks(self) -> Iterator[bytes]:
+        """All of it, in order, from the start."""
+
+    def read(self) -> bytes:
+        """The whole of it, for what is small enough to hold in memory."""
+
+
+class Memory:
+    """A content that is in memory: ours, such as an index."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self._data
+
+    def read(self) -> bytes:
+        return self._data
 
 
 class Source:
@@ -32,8 +56,8 @@ class Source:
     cut a replaced file short, and be taken for true once a directory is swapped back.
 
     Attributes:
-        hashing: Whether to hash what is handed out; off unless set.
-        sent_digest: The hash of what was handed out last.
+        checksum: Of what was handed out last, once all of it was: the file may be written to at
+            the same time, so that reading it again would not tell.
 
     Raises:
         SourceChangedError: The file is gone, is no regular file any more, or shrank.
@@ -42,8 +66,7 @@ class Source:
 
     def __init__(self, entry: FileEntry) -> None:
         self.path = entry.path
-        self.hashing = False
-        self.sent_digest: bytes | None = None
+        self.checksum = ""
         try:
             # O_NONBLOCK: opening a FIFO for reading would wait for a writer.
             self._fd = os.open(entry.location, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -76,7 +99,7 @@ class Source:
     def chunks(self) -> Iterator[bytes]:
         """The file's first ``size`` bytes, as they are now, from the start."""
         offset = 0
-        hasher = _hasher() if self.hashing else None
+        checksum = Checksum()
         while offset < self.size:
             try:
                 chunk = os.pread(self._fd, min(CHUNK_BYTES, self.size - offset), offset)
@@ -85,18 +108,14 @@ class Source:
             if not chunk:
                 raise SourceChangedError(f"{self.path} shrank while it was read")
             offset += len(chunk)
-            if hasher:
-                hasher.update(chunk)
+            checksum.update(chunk)
             yield chunk
-        self.sent_digest = hasher.digest() if hasher else None
+        self.checksum = checksum.text()
 
     def read(self) -> bytes:
         """The whole of it, for files small enough to hold in memory."""
         return b"".join(self.chunks())
 
-    def digest(self) -> bytes:
-        """A hash of the content, to tell two states with the same fingerprint apart."""
-        result = _hasher()
-        for chunk in self.chunks():
-            result.update(chunk)
-        return result.digest()
+    def matches(self, checksum: str) -> bool:
+        """Whether the content has this checksum, to tell states with equal fingerprints apart."""
+        return checksum_of(self.chunks(), like=checksum) == checksum

@@ -11,10 +11,18 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
-from tune_sync_plugin.engine.source import Source
+from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
+
+
+class Stat(NamedTuple):
+    """What a storage says of a file: its size and, where it is S3, the object's ETag."""
+
+    size: int
+    etag: str | None = None
 
 
 class Storage(Protocol):
@@ -31,11 +39,24 @@ class Storage(Protocol):
     def has_directories(self) -> bool:
         """Whether a file ``a`` and a file ``a/b`` exclude each other."""
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         """Store the source's bytes under ``path``, replacing what was there, in one step."""
 
-    def exists(self, path: str) -> bool:
-        """Whether there is a file. Costs a request; never called for an ordinary sync."""
+    def stat(self, path: str) -> Stat | None:
+        """What there is under ``path``, asked of the storage itself; ``None`` if nothing."""
+
+    def read(self, path: str) -> Iterator[bytes]:
+        """A file's bytes.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+
+    def files(self) -> dict[str, int]:
+        """All files below the prefix and their sizes; our own half-written ones left out."""
+
+    def copy(self, path: str, to: str) -> None:
+        """Give a stored file a second name, if possible without moving its bytes here."""
 
     def remove(self, path: str) -> None:
         """Remove one file, and the directories that this leaves empty; a missing one is fine."""
@@ -106,6 +127,12 @@ def partial_path(path: str, run_id: str) -> str:
     return posixpath.join(posixpath.dirname(path), f".tune_sync-{digest}.part")
 
 
+def is_partial(path: str) -> bool:
+    """Whether this is a name that :func:`partial_path` makes."""
+    name = posixpath.basename(path)
+    return name.startswith(".tune_sync-") and name.endswith(".part")
+
+
 class LocalStorage:
     """A directory of this machine: its disk, NFS, any mount."""
 
@@ -116,7 +143,7 @@ class LocalStorage:
         self.name = f"local:{self._root}"
         self._made: set[str] = set()
 
-    def write(self, path: str, source: Source, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> None:
         final = os.path.join(self._root, path)
         partial = os.path.join(self._root, partial_path(path, run_id))
         parent = os.path.dirname(final)
@@ -137,8 +164,36 @@ class LocalStorage:
             self._made.discard(parent)
             raise
 
-    def exists(self, path: str) -> bool:
-        return os.path.lexists(os.path.join(self._root, path))
+    def stat(self, path: str) -> Stat | None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return Stat(os.stat(os.path.join(self._root, path)).st_size)
+        return None
+
+    def read(self, path: str) -> Iterator[bytes]:
+        with open(os.path.join(self._root, path), "rb", buffering=0) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+    def files(self) -> dict[str, int]:
+        found = {}
+        for directory, _, names in os.walk(self._root):
+            for name in names:
+                location = os.path.join(directory, name)
+                path = os.path.relpath(location, self._root)
+                with contextlib.suppress(FileNotFoundError):
+                    if not is_partial(path) and os.path.isfile(location):
+                        found[path] = os.stat(location).st_size
+        return found
+
+    def copy(self, path: str, to: str) -> None:
+        source, target = os.path.join(self._root, path), os.path.join(self._root, to)
+        try:
+            # Enough, since a file is replaced by renaming and never written to in place.
+            os.link(source, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            shutil.copyfile(source, target)
 
     def remove(self, path: str) -> None:
         final = os.path.join(self._root, path)

@@ -1,20 +1,26 @@
-"""One sync of one directory, start to end: scan -> plan -> transfer -> manifest -> report."""
+"""One sync of one directory: scan -> plan -> transfer -> manifest -> index -> report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from tune_sync_plugin.engine.filters import Filter
+from tune_sync_plugin.engine.index import INDEX, Entry
+from tune_sync_plugin.engine.keeper import Indexing, IndexKeeper
 from tune_sync_plugin.engine.manifest import Manifest
-from tune_sync_plugin.engine.plan import Plan, Record, make_plan
+from tune_sync_plugin.engine.plan import Plan, Reason, Record, make_plan
+from tune_sync_plugin.engine.pool import Limits, once
 from tune_sync_plugin.engine.scan import Scan, scan
 from tune_sync_plugin.engine.storage import Storage
-from tune_sync_plugin.engine.transfer import Limits, transfer
+from tune_sync_plugin.engine.transfer import Outcome, Transfer
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.report import FileFailure, SyncReport
 
+# So often a long sync writes the index, so that a killed one's files can be found.
+_INDEX_EVERY_S = 10.0
 # Records are written at least this often, so a killed sync repeats at most so much work.
 _RECORD_EVERY_S = 0.2
 
@@ -33,6 +39,8 @@ class SyncOptions:
         timeout_s: Seconds after which the sync stops and names what is left.
         only_missing: Whether to leave alone what storage has, since it is newer: for a directory
             that its writer has left for another one.
+        read_back: Whether to read each upload back and compare contents, where storage offers no
+            checksum of its own.
     """
 
     keep: Filter = Filter()
@@ -40,6 +48,7 @@ class SyncOptions:
     concurrency: int = 16
     timeout_s: float = 1800.0
     only_missing: bool = False
+    read_back: bool = False
 
 
 def sync(
@@ -50,6 +59,8 @@ def sync(
     *,
     label: str = "",
     taken: Callable[[str], bool] = lambda path: False,
+    indexing: Indexing | None = None,
+    labels: Mapping[str, str] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
 ) -> SyncReport:
     """Bring ``storage`` up to date with the directories ``roots``; raises nothing but bugs.
@@ -62,6 +73,8 @@ def sync(
         label: Who this is for (a trial's id); repeated in the report's failures.
         taken: Tells the paths in ``storage`` that somebody else writes; files of ours that would
             go there are reported instead.
+        indexing: How to keep the index in storage that a restore needs; default: there is none.
+        labels: Names of roots, which the index notes for their files.
         clock: Seconds, monotonic.
 
     Example:
@@ -76,80 +89,153 @@ def sync(
         0
     """
     started = clock()
+    limits = Limits(options.concurrency, started + options.timeout_s, clock)
     manifest = Manifest(manifest_path, storage.name)
     try:
-        scanned = scan(list(roots), options.keep, follow_symlinks=options.follow_symlinks)
+        scanned = scan(roots, options.keep, follow_symlinks=options.follow_symlinks, labels=labels)
         for path in [path for path in scanned.files if taken(path)]:
             del scanned.files[path]
             scanned.failures.append((path, FileExistsError(_TAKEN)))
-        plan = make_plan(scanned.files, manifest.load(), has_directories=storage.has_directories)
+        keeper = IndexKeeper(indexing, storage, manifest, limits) if indexing else None
+        plan = _plan(scanned, storage, manifest, keeper, limits)
         if options.only_missing:
             plan = _without_existing(plan, storage, scanned)
-        limits = Limits(options.concurrency, started + options.timeout_s, clock)
-        report = _carry_out(plan, scanned, storage, manifest, limits, label)
+        transfer = Transfer(storage, manifest.run_id, scanned.started_ns, options.read_back)
+        report = _Sync(storage, manifest, keeper, limits, label).carry_out(plan, scanned, transfer)
         warnings = [manifest.warning] if manifest.warning else []
+        warnings += keeper.warnings if keeper else []
+        warnings += [transfer.unchecked] if transfer.unchecked else []
         warnings += [
             f"{path} exists in the working directory and in the trial directory; "
             "the working directory's is synced"
             for path in scanned.conflicts
         ]
-        return replace(report, warnings=tuple(warnings), duration_s=clock() - started)
+        return replace(report, warnings=(*report.warnings, *warnings), duration_s=clock() - started)
     finally:
         manifest.close()
 
 
-def _carry_out(
-    plan: Plan, scanned: Scan, storage: Storage, manifest: Manifest, limits: Limits, label: str
-) -> SyncReport:
-    failures: list[FileFailure] = []
-    deferred: list[FileFailure] = []
-    files = bytes_sent = 0
-    files_same, bytes_same = plan.files_unchanged, plan.bytes_unchanged
-    timed_out = False
+def _plan(
+    scanned: Scan,
+    storage: Storage,
+    manifest: Manifest,
+    keeper: IndexKeeper | None,
+    limits: Limits,
+) -> Plan:
+    known = manifest.load()
+    unrecorded: dict[str, Reason] = {}
+    if any(path not in known for path in scanned.files):
+        unrecorded = keeper.meet() if keeper else {}
+        if manifest.damaged:
+            unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
+    return make_plan(scanned.files, known, unrecorded, has_directories=storage.has_directories)
 
-    def fail(operation: str, path: str, error: BaseException) -> None:
-        message = f"{operation} {storage.name}/{path} failed: {describe(error)}"
-        failures.append(FileFailure(label, path, _kind(error), message))
 
-    for path, error in scanned.failures:
-        fail("sync to", path, error)
-    for path, problem in _clear_the_way(plan, storage, manifest):
-        fail("removal of", path, problem)
-    if plan.uploads:
-        manifest.withdraw(upload.entry.path for upload in plan.uploads)
-        records: dict[str, Record] = {}
-        last_recorded = limits.clock()
-        for outcome in transfer(plan.uploads, storage, manifest.run_id, scanned.started_ns, limits):
-            path, size = outcome.upload.entry.path, outcome.upload.entry.fingerprint.size
-            if outcome.stored:
-                files, bytes_sent = files + 1, bytes_sent + size
-                records[path] = outcome.stored
-            elif outcome.same:
-                files_same, bytes_same = files_same + 1, bytes_same + size
-                records[path] = outcome.same
-            elif outcome.error:
-                fail("upload of", path, outcome.error)
-                timed_out |= isinstance(outcome.error, TimeoutError)
-            else:
-                message = f"{outcome.deferred}; the next sync takes it"
-                deferred.append(FileFailure(label, path, "SourceChangedError", message))
-            if limits.clock() - last_recorded >= _RECORD_EVERY_S:
-                manifest.record(records)
-                records.clear()
-                last_recorded = limits.clock()
-        manifest.record(records)
-        if not failures:
-            manifest.settle()
-    return SyncReport(
-        files_uploaded=files,
-        bytes_uploaded=bytes_sent,
-        files_unchanged=files_same,
-        bytes_unchanged=bytes_same,
-        failures=tuple(failures),
-        deferred=tuple(deferred),
-        skipped=tuple(scanned.skipped),
-        timed_out=timed_out and limits.clock() >= limits.deadline,
-    )
+def _of_equal_size(scanned: Scan, storage: Storage, limits: Limits) -> dict[str, Reason]:
+    try:
+        stored = once(storage.files, limits)
+    except BaseException:
+        return {}  # then everything is sent again
+    return {
+        path: Reason.UNRECORDED
+        for path, entry in scanned.files.items()
+        if stored.get(path) == entry.fingerprint.size
+    }
+
+
+@dataclass
+class _Sync:
+    """What one sync has done so far."""
+
+    storage: Storage
+    manifest: Manifest
+    keeper: IndexKeeper | None
+    limits: Limits
+    label: str
+    failures: list[FileFailure] = field(default_factory=list)
+    deferred: list[FileFailure] = field(default_factory=list)
+    records: dict[str, Record] = field(default_factory=dict)
+    aside: dict[str, Entry] = field(default_factory=dict)
+    files: int = 0
+    bytes_sent: int = 0
+    files_same: int = 0
+    bytes_same: int = 0
+    timed_out: bool = False
+
+    def carry_out(self, plan: Plan, scanned: Scan, transfer: Transfer) -> SyncReport:
+        self.files_same, self.bytes_same = plan.files_unchanged, plan.bytes_unchanged
+        for path, error in scanned.failures:
+            self._fail("sync to", path, error)
+        for path, problem in _clear_the_way(plan, self.storage, self.manifest):
+            self._fail("removal of", path, problem)
+        if plan.uploads:
+            self._upload(plan, transfer)
+        if self.keeper and (self.files or not self.failures):
+            unwritten = self.keeper.keep(forced=self.keeper.indexing.forced)
+            if unwritten:
+                self._fail("writing of the index", INDEX, unwritten)
+        warnings = []
+        if self.aside:
+            warnings.append(
+                f"{self.storage.name} had {len(self.aside)} files of the same names that were not "
+                f"sent from here; they were kept, such as {next(iter(self.aside))}"
+            )
+        return SyncReport(
+            files_uploaded=self.files,
+            bytes_uploaded=self.bytes_sent,
+            files_unchanged=self.files_same,
+            bytes_unchanged=self.bytes_same,
+            failures=tuple(self.failures),
+            deferred=tuple(self.deferred),
+            skipped=tuple(scanned.skipped),
+            warnings=tuple(warnings),
+            timed_out=self.timed_out and self.limits.clock() >= self.limits.deadline,
+        )
+
+    def _upload(self, plan: Plan, transfer: Transfer) -> None:
+        self.manifest.withdraw(upload.entry.path for upload in plan.uploads)
+        recorded = indexed = self.limits.clock()
+        for outcome in transfer(plan.uploads, self.limits):
+            self._take(outcome)
+            now = self.limits.clock()
+            if now - recorded >= _RECORD_EVERY_S:
+                self._record()
+                recorded = now
+            if self.keeper and now - indexed >= _INDEX_EVERY_S:
+                self._record()
+                self.keeper.keep(forced=False)  # if it fails, the last one will tell
+                indexed = self.limits.clock()
+        self._record()
+        if not self.failures:
+            self.manifest.settle()
+
+    def _take(self, outcome: Outcome) -> None:
+        path, size = outcome.upload.entry.path, outcome.upload.entry.fingerprint.size
+        if outcome.stored:
+            self.files, self.bytes_sent = self.files + 1, self.bytes_sent + size
+            self.records[path] = outcome.stored
+        elif outcome.same:
+            self.files_same, self.bytes_same = self.files_same + 1, self.bytes_same + size
+            self.records[path] = outcome.same
+        elif outcome.error:
+            self._fail("upload of", path, outcome.error)
+            self.timed_out |= isinstance(outcome.error, TimeoutError)
+        else:
+            message = f"{outcome.deferred}; the next sync takes it"
+            self.deferred.append(FileFailure(self.label, path, "SourceChangedError", message))
+        if outcome.set_aside:
+            name, stat = outcome.set_aside
+            self.aside[name] = Entry(stat.size, root=outcome.upload.entry.root)
+
+    def _record(self) -> None:
+        self.manifest.record(self.records)
+        self.records.clear()
+        if self.aside and self.keeper:
+            self.manifest.meet(self.aside)
+
+    def _fail(self, operation: str, path: str, error: BaseException) -> None:
+        message = f"{operation} {self.storage.name}/{path} failed: {describe(error)}"
+        self.failures.append(FileFailure(self.label, path, _kind(error), message))
 
 
 def _without_existing(plan: Plan, storage: Storage, scanned: Scan) -> Plan:
@@ -157,7 +243,7 @@ def _without_existing(plan: Plan, storage: Storage, scanned: Scan) -> Plan:
     for upload in plan.uploads:
         path = upload.entry.path
         try:
-            if storage.exists(path):
+            if storage.stat(path):
                 raise FileExistsError(_SUPERSEDED)
             missing.append(upload)
         except OSError as error:

@@ -1,175 +1,132 @@
-"""Moves the planned files: bounded concurrency, one deadline, retries with backoff and jitter.
+"""Uploads the planned files, and believes storage only what it can show.
 
-Threads do the waiting, the caller's thread does the bookkeeping: outcomes are yielded one by one as
-they come, so that the caller can record each before the next one may be lost.
+Every upload is checked: storage is asked for the file's size and, where it offers one, its
+checksum. A file of somebody else's is never overwritten; it is given another name first.
 """
 
 from __future__ import annotations
 
-import queue
-import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
 from tune_sync_plugin.engine.plan import Reason, Record, Upload
+from tune_sync_plugin.engine.pool import Health, Limits, run
 from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import Storage
-from tune_sync_plugin.errors import SourceChangedError, is_retryable
-
-_FIRST_BACKOFF_S = 0.5
-_LONGEST_BACKOFF_S = 10.0
-# How long storage may fail every single request before the sync stops trying: longer than the
-# outages that object stores have and than a gateway's restart.
-_OUTAGE_S = 120.0
-# So many files refused for good and none accepted: the rest would fare no better.
-_REFUSALS = 32
+from tune_sync_plugin.engine.storage import Stat, Storage
+from tune_sync_plugin.errors import SourceChangedError
 
 
 class Outcome(NamedTuple):
-    """What became of one planned upload. Exactly one of the last four is set."""
+    """What became of one planned upload. Exactly one of the first four after it is set.
+
+    ``set_aside`` is the new name, and what is stored there, of a file of somebody else's that was
+    in the way.
+    """
 
     upload: Upload
     stored: Record | None = None
     same: Record | None = None
     deferred: str | None = None
     error: BaseException | None = None
+    set_aside: tuple[str, Stat] | None = None
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How hard and how long to try.
+@dataclass
+class Transfer:
+    """Carries out uploads to one storage.
 
     Attributes:
-        concurrency: Files on their way at once.
-        deadline: On ``clock``'s scale, when to stop.
-        clock: Seconds, monotonic.
+        storage: Where to.
+        run_id: Names this sync in the names of temporary files.
+        scanned_ns: When the files were scanned, in nanoseconds since the epoch.
+        read_back: Whether to read each upload back and compare contents, where storage offers no
+            checksum of its own.
     """
 
-    concurrency: int
-    deadline: float
-    clock: Callable[[], float] = time.monotonic
+    storage: Storage
+    run_id: str
+    scanned_ns: int
+    read_back: bool = False
+    # Learned on the way: encrypted objects have ETags that are no checksums, and some credentials
+    # may write but not read.
+    _etags_tell: bool = field(default=True, init=False)
+    unchecked: str | None = field(default=None, init=False)
 
+    def __call__(self, uploads: Sequence[Upload], limits: Limits) -> Iterator[Outcome]:
+        """Yields each upload's outcome, in the order in which they end.
 
-def transfer(
-    uploads: Sequence[Upload],
-    storage: Storage,
-    run_id: str,
-    scanned_ns: int,
-    limits: Limits,
-) -> Iterator[Outcome]:
-    """Carry out ``uploads``; yields each one's outcome, in the order in which they end.
+        What is not done at the deadline comes out with a ``TimeoutError``; see :mod:`.pool`.
+        """
+        for upload, result in run(uploads, self._upload, limits):
+            if isinstance(result, Outcome):
+                yield result
+            elif isinstance(result, SourceChangedError):
+                yield Outcome(upload, deferred=str(result))
+            else:
+                yield Outcome(upload, error=result)
 
-    At the deadline it stops waiting: uploads under way and those not begun come out with a
-    ``TimeoutError``. Their threads can't be ended from here; whoever owns the process ends it.
-    """
-    todo = iter(uploads)
-    lock = threading.Lock()
-    done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    pending = {upload.entry.path: upload for upload in uploads}
-    started: set[str] = set()
-    health = _Health(limits)
+    def _upload(self, upload: Upload, health: Health) -> Outcome:
+        path, root = upload.entry.path, upload.entry.root
+        set_aside = None
+        with Source(upload.entry) as source:
+            racy = source.fingerprint.is_racy(self.scanned_ns)
+            if upload.reason is Reason.UNPROVEN and source.matches(upload.checksum):
+                same = Record(source.fingerprint, upload.checksum, racy, root)
+                return Outcome(upload, same=same)
+            may_be_there = upload.reason in (Reason.FOREIGN, Reason.UNRECORDED)
+            if may_be_there and (theirs := self.storage.stat(path)):
+                checksum = checksum_of(source.chunks())
+                if self._holds(path, theirs, source.size, checksum):
+                    health.succeeded()
+                    return Outcome(upload, same=Record(source.fingerprint, checksum, racy, root))
+                if upload.reason is Reason.FOREIGN:
+                    set_aside = (self._set_aside(path, theirs), theirs)
+            self.storage.write(path, source, self.run_id)
+            self._check(path, source)
+            stored = Record(source.fingerprint, source.checksum, racy, root)
+        health.succeeded()
+        return Outcome(upload, stored=stored, set_aside=set_aside)
 
-    def work() -> None:
-        while True:
-            with lock:
-                upload = next(todo, None)
-                if upload is None or health.given_up:
-                    return
-                started.add(upload.entry.path)
-            done.put(_upload(upload, storage, run_id, scanned_ns, limits, health))
+    def _set_aside(self, path: str, theirs: Stat) -> str:
+        for number in itertools.count(1):
+            name = f"{path}.before-{number}"
+            found = self.storage.stat(name)
+            if found is None:
+                self.storage.copy(path, name)
+                return name
+            if found.size == theirs.size:
+                # Perhaps this very one: an earlier try may have come so far and then failed.
+                checksum = checksum_of(self.storage.read(path))
+                if self._holds(name, found, theirs.size, checksum):
+                    return name
+        raise AssertionError  # not reached
 
-    for _ in range(min(limits.concurrency, len(uploads))):
-        # Daemons: a hung upload must not keep the process from ending.
-        threading.Thread(target=work, name="tune_sync_transfer", daemon=True).start()
-
-    while pending:
-        remaining = limits.deadline - limits.clock()
-        if remaining <= 0:
-            # What has ended by now still counts; nothing more is begun.
-            health.given_up = "the sync ran out of time"
+    def _check(self, path: str, source: Source) -> None:
+        """Ask storage what it has now; raises an ``OSError`` worth a retry if it is not this."""
         try:
-            # The short wait is for threads that stopped because storage is out of reach.
-            outcome = done.get(timeout=max(0.0, min(remaining, 1.0)))
-        except queue.Empty:
-            if remaining <= 0:
-                break
-            with lock:
-                idle = not started & pending.keys()
-            if health.given_up and idle:
-                break
-            continue
-        del pending[outcome.upload.entry.path]
-        yield outcome
+            found = self.storage.stat(path)
+        except PermissionError as error:
+            self.unchecked = f"storage takes files but does not let them be looked at: {error}"
+            return
+        if found is None:
+            raise OSError(f"storage accepted {posixpath.basename(path)} but does not have it")
+        if found.size != source.size:
+            raise OSError(f"storage holds {found.size} bytes, {source.size} were sent")
+        verdict = etag_matches(source.checksum, found.etag) if self._etags_tell else None
+        if verdict or (verdict is None and not self.read_back):
+            return
+        if checksum_of(self.storage.read(path), like=source.checksum) != source.checksum:
+            raise OSError("storage holds other bytes than were sent")
+        self._etags_tell = self._etags_tell and verdict is None
 
-    for path, upload in pending.items():
-        if limits.clock() >= limits.deadline:
-            what = "still under way" if path in started else "not begun"
-            error: BaseException = TimeoutError(f"{what} when sync_timeout ran out")
-        else:
-            error = ConnectionError(f"not tried: {health.given_up}")
-        yield Outcome(upload, error=error)
-
-
-class _Health:
-    """What all transfers of one sync know of the storage together."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._clock = limits.clock
-        self._last_success = limits.clock()
-        self._any_success = False
-        self._refusals = 0
-        self.given_up: str | None = None
-
-    def succeeded(self) -> None:
-        self._last_success = self._clock()
-        self._any_success = True
-
-    def refused(self, error: BaseException) -> None:
-        self._refusals += 1
-        if not self._any_success and self._refusals >= _REFUSALS:
-            self.given_up = f"storage refused {self._refusals} files and took none; last: {error}"
-
-    def may_retry(self) -> bool:
-        outage = self._clock() - self._last_success
-        if outage > _OUTAGE_S:
-            self.given_up = f"storage has answered nothing but errors for {outage:.0f} s"
-        return not self.given_up
-
-
-def _upload(
-    upload: Upload,
-    storage: Storage,
-    run_id: str,
-    scanned_ns: int,
-    limits: Limits,
-    health: _Health,
-) -> Outcome:
-    backoff = _FIRST_BACKOFF_S
-    while True:
-        try:
-            with Source(upload.entry) as source:
-                racy = source.fingerprint.is_racy(scanned_ns)
-                if upload.reason is Reason.UNPROVEN and source.digest() == upload.digest:
-                    record = Record(source.fingerprint, upload.digest if racy else None)
-                    return Outcome(upload, same=record)
-                # What is hashed is what is sent: the file may be written to at the same time.
-                source.hashing = racy
-                storage.write(upload.entry.path, source, run_id)
-                record = Record(source.fingerprint, source.sent_digest)
-            health.succeeded()
-            return Outcome(upload, stored=record)
-        except SourceChangedError as error:
-            return Outcome(upload, deferred=str(error))
-        # All: an asyncio.CancelledError or a Rust client's panic would end the thread silently.
-        except BaseException as error:
-            if not is_retryable(error):
-                health.refused(error)
-                return Outcome(upload, error=error)
-            pause = backoff * random.uniform(0.5, 1.0)
-            if limits.clock() + pause >= limits.deadline or not health.may_retry():
-                return Outcome(upload, error=error)
-            time.sleep(pause)
-            backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
+    def _holds(self, path: str, found: Stat, size: int, checksum: str) -> bool:
+        """Whether what storage has is this; reads it if nothing else can tell."""
+        if found.size != size:
+            return False
+        if self._etags_tell and etag_matches(checksum, found.etag):
+            return True
+        return checksum_of(self.storage.read(path), like=checksum) == checksum

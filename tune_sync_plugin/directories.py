@@ -1,0 +1,166 @@
+"""Where a job's files are on the node this runs on: its directories, its manifest, its storage.
+
+Everything that a task has to find out about its node is found out here; nothing is synced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from tune_sync_plugin.engine.filters import Filter
+from tune_sync_plugin.engine.index import Entry
+from tune_sync_plugin.engine.keeper import Indexing
+from tune_sync_plugin.engine.scan import scan
+from tune_sync_plugin.engine.storage import LocalStorage, Storage, storage_at
+from tune_sync_plugin.engine.sync import SyncOptions
+from tune_sync_plugin.report import EXPERIMENT
+from tune_sync_plugin.tune_internals import DRIVERS_NAMES, is_drivers
+
+# Ours, beside Ray's `driver_artifacts` and `working_dirs` in a run's session directory.
+_OUR_DIR = "tune_sync"
+# The label of what lies in `get_trial_dir()`; the working directory's is "".
+TRIAL_DIR = "trial_dir"
+
+
+@dataclass(frozen=True)
+class SyncJob:
+    """One trial's directory, or the experiment's, to sync from whatever node it runs on.
+
+    Attributes:
+        key: The trial's id, or ``"experiment"``.
+        roots: The directories, relative to the run's session directory on the node (or absolute).
+        destination: The prefix on the storage file system.
+        options: Filters, limits and ``sync_timeout``.
+        must_exist: Whether a missing root is a failure, rather than nothing to sync.
+        drivers_root: Where the driver keeps its files for the same destination. On the driver's
+            disk they belong to the driver, which syncs them itself; elsewhere it is one more root.
+        forced: Whether the index in storage is to be brought up to date by all means.
+        shared: Whether other nodes may write the same index.
+    """
+
+    key: str
+    roots: tuple[str, ...]
+    destination: str
+    options: SyncOptions
+    must_exist: bool = False
+    drivers_root: str = ""
+    forced: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all jobs of one experiment share.
+
+    Attributes:
+        filesystem: The ``pyarrow.fs.FileSystem`` that Ray resolved the storage path to.
+        session_subdir: Where the run's files are on any node, below Ray's session directory.
+        driver_mark: Names the file that tells the driver's disk.
+        destination: The experiment's prefix on the file system.
+        storage_mark: A file there, by which to tell that a local path is the one the driver sees.
+    """
+
+    filesystem: Any
+    session_subdir: str
+    driver_mark: str
+    destination: str
+    storage_mark: str
+
+
+def mark_driver_disk(run: Run, session_dir: str) -> None:
+    """Leave a file by which a task can tell that its node's disk is the driver's.
+
+    Node ids don't: several nodes of one machine share a session directory.
+    """
+    directory = os.path.join(session_dir, run.session_subdir, _OUR_DIR)
+    os.makedirs(directory, exist_ok=True)
+    with open(os.path.join(directory, run.driver_mark), "w"):
+        pass
+
+
+class Directories:
+    """A job's directories and storage, as this node sees them.
+
+    Args:
+        job: What is to be synced or restored.
+        run: The experiment.
+        here: The run's session directory on this node.
+        node: Names this node.
+
+    Attributes:
+        roots: What to sync, without repetitions.
+        labels: The names of the roots in the index.
+        storage: Where to.
+        manifest: The manifest's path. There is one per destination: a restored run may write
+            somewhere else.
+
+    Raises:
+        FileNotFoundError: This node lacks something that it must have; says what.
+    """
+
+    def __init__(self, job: SyncJob, run: Run, here: str, node: str) -> None:
+        self._job = job
+        self._node = node
+        self.storage: Storage = storage_at(run.filesystem, job.destination)
+        if job.key != EXPERIMENT and isinstance(self.storage, LocalStorage):
+            _check_shared(run)
+        # The same directory may have been named twice.
+        paths = [os.path.realpath(os.path.join(here, root)) for root in job.roots]
+        self.roots = list(dict.fromkeys(paths))
+        self.labels: dict[str, str] = {}
+        self._drivers: str | None = None
+        if job.drivers_root:
+            trial_dir = os.path.realpath(os.path.join(here, job.drivers_root))
+            if os.path.exists(os.path.join(here, _OUR_DIR, run.driver_mark)):
+                self._drivers = trial_dir
+            elif trial_dir not in self.roots:
+                self.roots.append(trial_dir)
+            self.labels[trial_dir] = TRIAL_DIR
+        name = hashlib.sha256(self.storage.name.encode()).hexdigest()[:16]
+        readable = re.sub(r"[^\w.-]", "_", job.key)[:64]
+        self.manifest = os.path.join(here, _OUR_DIR, f"{readable}-{name}.sqlite")
+
+    def is_taken(self, path: str) -> bool:
+        """Whether storage has this path from the driver, and not from the trial."""
+        if self._job.key == EXPERIMENT:
+            return False
+        return path in DRIVERS_NAMES or (
+            self._drivers is not None and os.path.lexists(os.path.join(self._drivers, path))
+        )
+
+    def indexing(self) -> Indexing | None:
+        """How a sync of this keeps the index: only artifacts have one."""
+        if self._job.key == EXPERIMENT:
+            return None
+        also = {}
+        if self._drivers:
+            # What the trial writes here goes to storage with the driver's files. How much of it
+            # is there is not known to this sync.
+            scanned = scan([self._drivers], Filter())
+            also = {path: Entry(root=TRIAL_DIR) for path in scanned.files if not is_drivers(path)}
+        return Indexing(
+            writer=self._node,
+            shared=self._job.shared,
+            forced=self._job.forced,
+            drivers=is_drivers,
+            also=also,
+        )
+
+    def to_restore(self) -> dict[str, str]:
+        """The directories that artifacts come back to, by their labels."""
+        trial_dirs = {label: root for root, label in self.labels.items()}
+        return {"": self.roots[0], **trial_dirs}
+
+
+def _check_shared(run: Run) -> None:
+    # On a node that does not see the driver's storage a local path is just a directory of its own,
+    # and a sync to it would succeed.
+    if not storage_at(run.filesystem, run.destination).stat(run.storage_mark):
+        raise FileNotFoundError(
+            f"this node does not see the driver's storage: {run.destination}/{run.storage_mark} is "
+            "missing. A local storage_path must be on a file system that all nodes mount, as NFS"
+        )

@@ -1,0 +1,137 @@
+"""The index: a small hidden file beside a trial's files in storage that names what we uploaded.
+
+Artifacts share their directory with checkpoints and with the driver's files; only the index tells
+them apart, so it is what a restore brings back and what a verification compares with. It may lag
+behind the files, since it is not written with each of them, but never names one that was not sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import md5
+from typing import NamedTuple
+
+from tune_sync_plugin.engine.source import Memory
+from tune_sync_plugin.engine.storage import Storage
+from tune_sync_plugin.errors import SyncError
+
+OUR_DIRECTORY = ".tune_sync"
+INDEX = f"{OUR_DIRECTORY}/index.json"
+_VERSION = 1
+
+
+class Entry(NamedTuple):
+    """One file in storage.
+
+    Attributes:
+        size: In bytes; ``None`` if not known, as when an upload was cut off.
+        checksum: As ``checksum.py`` makes it; empty if not known.
+        root: The label of the local directory it came from.
+    """
+
+    size: int | None = None
+    checksum: str = ""
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What was uploaded, by path, and who wrote that down last."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    writer: str = ""
+
+
+class IndexDamagedError(SyncError):
+    """There is an index and it can't be made sense of."""
+
+
+def parse(data: bytes) -> Index:
+    """An index out of its file's bytes.
+
+    Raises:
+        IndexDamagedError: It is truncated, corrupt, or of a version that is not known here.
+    """
+    try:
+        head, _, body = data.partition(b"\n")
+        facts = json.loads(head)
+        if facts["version"] != _VERSION:
+            raise ValueError(f"version {facts['version']} is not known here")
+        if facts["md5"] != _digest(body):
+            raise ValueError("its checksum is wrong")
+        entries = {
+            path: Entry(size, checksum, root)
+            for path, (size, checksum, root) in json.loads(body).items()
+        }
+        return Index(entries, facts["writer"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IndexDamagedError(str(error) or type(error).__name__) from error
+
+
+def serialize(index: Index) -> bytes:
+    """The bytes of an index's file: a line of facts about the rest, then the rest."""
+    body = json.dumps(index.entries, ensure_ascii=False, sort_keys=True).encode()
+    facts = {"version": _VERSION, "writer": index.writer, "md5": _digest(body)}
+    return json.dumps(facts).encode() + b"\n" + body
+
+
+def _digest(body: bytes) -> str:
+    return md5(body, usedforsecurity=False).hexdigest()
+
+
+def read(storage: Storage) -> Index | None:
+    """The index of ``storage``; ``None`` if it has none.
+
+    Raises:
+        IndexDamagedError: See :func:`parse`.
+    """
+    try:
+        return parse(b"".join(storage.read(INDEX)))
+    except FileNotFoundError:
+        return None
+
+
+def write(storage: Storage, index: Index, run_id: str) -> None:
+    """Put ``index`` in the place of the one in storage."""
+    storage.write(INDEX, Memory(serialize(index)), run_id)
+
+
+def read_or_rebuild(
+    storage: Storage, run_id: str, drivers: Callable[[str], bool], warn: Callable[[str], None]
+) -> Index | None:
+    """As :func:`read`; a damaged one is set aside and made anew from a listing, without checksums.
+
+    Args:
+        storage: Whose index.
+        run_id: Goes into the damaged one's new name.
+        drivers: Tells the files of the driver's and checkpoints by their paths.
+        warn: Told what happened.
+    """
+    try:
+        return read(storage)
+    except IndexDamagedError as error:
+        kept = f"{OUR_DIRECTORY}/index-{run_id}.corrupt.json"
+        storage.copy(INDEX, kept)
+        rebuilt = Index(from_listing(storage, drivers))
+        write(storage, rebuilt, run_id)
+        warn(
+            f"the index {storage.name}/{INDEX} was damaged ({error}); it was set aside as {kept} "
+            "and rebuilt from a listing"
+        )
+        return rebuilt
+
+
+def from_listing(storage: Storage, drivers: Callable[[str], bool]) -> dict[str, Entry]:
+    """What the index would name, as far as a listing tells."""
+    return {
+        path: Entry(size)
+        for path, size in storage.files().items()
+        if not drivers(path) and not is_ours(path)
+    }
+
+
+def is_ours(path: str) -> bool:
+    """Whether this is a path of our own book-keeping in storage."""
+    return path.startswith(OUR_DIRECTORY + "/")

@@ -1,0 +1,120 @@
+"""Keeps the index in storage in step with the manifest, as part of a sync.
+
+It is written when the set of paths has changed, at forced syncs when anything has, and now and then
+during a long one; it is read once per manifest, or each time where several nodes write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from tune_sync_plugin.engine import index as indexes
+from tune_sync_plugin.engine.index import Entry, Index
+from tune_sync_plugin.engine.manifest import Manifest
+from tune_sync_plugin.engine.plan import Reason
+from tune_sync_plugin.engine.pool import Limits, once
+from tune_sync_plugin.engine.storage import Storage
+from tune_sync_plugin.errors import describe
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """How a sync keeps the index.
+
+    Attributes:
+        writer: Names the disk that this runs on. An index that it wrote names its own files.
+        shared: Whether others may have written the index since this disk last did.
+        forced: Whether to write it also if only contents have changed.
+        drivers: Tells, by their paths, files that are no artifacts; for a listing.
+        also: What the index is to name besides: files that another sync takes to storage.
+    """
+
+    writer: str = ""
+    shared: bool = False
+    forced: bool = True
+    drivers: Callable[[str], bool] = lambda path: False
+    also: Mapping[str, Entry] = field(default_factory=dict)
+
+
+@dataclass
+class IndexKeeper:
+    """The index of one destination during one sync.
+
+    Attributes:
+        warnings: What went wrong without losing anything.
+    """
+
+    indexing: Indexing
+    storage: Storage
+    manifest: Manifest
+    limits: Limits
+    warnings: list[str] = field(default_factory=list)
+    _readable: bool = True
+
+    def meet(self) -> dict[str, Reason]:
+        """What storage has that the manifest has no record of, and what to do about each."""
+        unrecorded: dict[str, Reason] = {}
+        if not self.manifest.knows_index:
+            found = self._read()
+            # Written from this disk: not somebody else's files, but ours from before the manifest
+            # was lost.
+            if found and found.writer == self.indexing.writer:
+                unrecorded = dict.fromkeys(found.entries, Reason.UNRECORDED)
+        foreign = self.manifest.foreigners().keys() - unrecorded.keys()
+        return unrecorded | dict.fromkeys(foreign, Reason.FOREIGN)
+
+    def _read(self) -> Index | None:
+        try:
+            found = once(
+                lambda: indexes.read_or_rebuild(
+                    self.storage,
+                    self.manifest.run_id,
+                    self.indexing.drivers,
+                    self.warnings.append,
+                ),
+                self.limits,
+            )
+        except BaseException as error:
+            self._readable = False
+            self.warnings.append(
+                f"the index of {self.storage.name} can't be read, so it is not kept up to date: "
+                f"{type(error).__name__}: {describe(error)}"
+            )
+            return None
+        self.manifest.meet(found.entries if found else {})
+        return found
+
+    def keep(self, *, forced: bool) -> Exception | None:
+        """Write the index if it is due; returns what that failed with."""
+        manifest = self.manifest
+        if self.indexing.also:
+            known = manifest.foreigners()
+            new = {p: e for p, e in self.indexing.also.items() if p not in known}
+            if new:
+                manifest.meet(new)
+        if not manifest.unindexed or not self._readable:
+            return None
+        entries = {**manifest.foreigners(), **manifest.index_entries()}
+        new = manifest.index_entries(only_new=True)
+        if _digest(entries) == manifest.indexed_paths and not (forced and new):
+            return None
+        if self.indexing.shared or not manifest.knows_index:
+            # Others know better what they sent; we know better what we have sent since.
+            theirs = self._read()
+            if not self._readable:
+                return None
+            entries = {**manifest.foreigners(), **entries, **(theirs.entries if theirs else {})}
+            entries |= new
+        try:
+            index = Index(entries, self.indexing.writer)
+            once(lambda: indexes.write(self.storage, index, manifest.run_id), self.limits)
+        except Exception as error:
+            return error
+        manifest.index_written(_digest({**manifest.foreigners(), **manifest.index_entries()}))
+        return None
+
+
+def _digest(paths: Mapping[str, Entry]) -> str:
+    return sha256("\0".join(sorted(paths)).encode()).hexdigest()

@@ -1,0 +1,314 @@
+"""Brings a trial's artifacts back from storage to a directory that lacks them.
+
+The rules: what is there already stays (unless it is exactly what was sent from here before the
+trial went on elsewhere); nothing is written outside the directory; a file appears whole, checked
+against the index or the storage's own word, or not at all; and nothing appears any more once the
+time is up and training has begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import NamedTuple
+
+from tune_sync_plugin.engine import index as indexes
+from tune_sync_plugin.engine.checksum import Checksum, checksum_of, etag_matches
+from tune_sync_plugin.engine.index import Entry
+from tune_sync_plugin.engine.manifest import Manifest
+from tune_sync_plugin.engine.plan import Record
+from tune_sync_plugin.engine.pool import Health, Limits, once, run
+from tune_sync_plugin.engine.scan import Fingerprint
+from tune_sync_plugin.engine.storage import Storage
+from tune_sync_plugin.errors import SourceError, describe
+from tune_sync_plugin.report import FileFailure, RestoreReport
+
+
+class Verdict(Enum):
+    """What to do about one stored file, and why."""
+
+    MISSING = "it is not here: bring it back"
+    OUTDATED = "what is here was sent to storage, and somebody else went on with it: replace it"
+    KEPT = "what is here is what storage has, or what was written on top of it"
+    LOCAL = "what is here is not from there: it stays, and so does what storage has"
+    REFUSED = "it would be written outside the directory"
+
+
+class LocalFileError(SourceError):
+    """A file can't be written here; trying again would not help."""
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """How to restore a directory.
+
+    Attributes:
+        concurrency: Files on their way at once.
+        timeout_s: Seconds after which it stops and names what is missing.
+        drivers: Tells, by their paths, the files in storage that are no artifacts: only used where
+            there is no index.
+    """
+
+    concurrency: int = 16
+    timeout_s: float = 1800.0
+    drivers: Callable[[str], bool] = lambda path: False
+
+
+def judge(path: str, entry: Entry, root: str, record: Record | None) -> Verdict:
+    """Decide about one stored file, by what is in ``root`` now and what was sent from here."""
+    if not is_inside(root, path):
+        return Verdict.REFUSED
+    try:
+        local = Fingerprint.of(os.lstat(os.path.join(root, path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return Verdict.MISSING
+    if record is None:
+        return Verdict.LOCAL
+    if not entry.checksum or entry.checksum == record.checksum:
+        return Verdict.KEPT
+    return Verdict.OUTDATED if local == record.fingerprint else Verdict.LOCAL
+
+
+def is_inside(root: str, path: str) -> bool:
+    """Whether ``path``, taken literally or through the links in ``root``, stays below it."""
+    parts = path.split("/")
+    if "\0" in path or not all(parts) or {".", ".."} & set(parts) or indexes.is_ours(path):
+        return False
+    parent = os.path.realpath(os.path.join(root, posixpath.dirname(path)))
+    root = os.path.realpath(root)
+    return parent == root or parent.startswith(root + os.sep)
+
+
+def restore(
+    roots: Mapping[str, str],
+    storage: Storage,
+    manifest_path: str,
+    options: RestoreOptions = RestoreOptions(),
+    *,
+    label: str = "",
+    clock: Callable[[], float] = time.monotonic,
+) -> RestoreReport:
+    """Bring back what storage's index names and is not here; raises nothing but bugs.
+
+    What was brought back is recorded in the manifest, so that the next sync does not send it again;
+    what was not is recorded as somebody else's, so that no sync overwrites it.
+
+    Args:
+        roots: The local directories by their labels; ``""`` is the one for unknown labels.
+        storage: Where from.
+        manifest_path: The manifest that syncs of these directories use.
+        options: See :class:`RestoreOptions`.
+        label: Who this is for (a trial's id); repeated in the report's failures.
+        clock: Seconds, monotonic.
+
+    Example:
+        >>> import os, tempfile
+        >>> from tune_sync_plugin.engine.storage import LocalStorage
+        >>> from tune_sync_plugin.engine.keeper import Indexing
+        >>> from tune_sync_plugin.engine.sync import sync
+        >>> there = tempfile.mkdtemp()
+        >>> os.mkdir(f"{there}/a"); _ = open(f"{there}/a/x", "w").write("12345")
+        >>> storage = LocalStorage(f"{there}/s")
+        >>> _ = sync([f"{there}/a"], storage, f"{there}/manifest", indexing=Indexing())
+        >>> restore({"": f"{there}/b"}, storage, f"{there}/other").files_restored
+        1
+        >>> open(f"{there}/b/x").read()
+        '12345'
+    """
+    started = clock()
+    limits = Limits(options.concurrency, started + options.timeout_s, clock)
+    warnings: list[str] = []
+    manifest = Manifest(manifest_path, storage.name)
+    try:
+        try:
+            found = once(
+                lambda: indexes.read_or_rebuild(
+                    storage, manifest.run_id, options.drivers, warnings.append
+                ),
+                limits,
+            )
+            from_index = found is not None
+            entries = (
+                dict(found.entries)
+                if found is not None
+                else once(lambda: indexes.from_listing(storage, options.drivers), limits)
+            )
+        except BaseException as error:
+            message = f"reading the index of {storage.name} failed: {describe(error)}"
+            failure = FileFailure(label, "", type(error).__name__, message)
+            return RestoreReport(failures=(failure,), duration_s=clock() - started)
+        # On the disk where the directories are, so that a finished file only has to be linked.
+        staging = os.path.join(os.path.dirname(manifest_path), f"restoring-{manifest.run_id}")
+        report = _Restorer(roots, storage, manifest, limits, label, staging).bring_back(entries)
+        return replace(
+            report,
+            from_index=from_index,
+            warnings=(*warnings, *([manifest.warning] if manifest.warning else [])),
+            duration_s=clock() - started,
+        )
+    finally:
+        manifest.close()
+
+
+class _Fetch(NamedTuple):
+    path: str
+    entry: Entry
+    verdict: Verdict
+
+
+@dataclass
+class _Restorer:
+    roots: Mapping[str, str]
+    storage: Storage
+    manifest: Manifest
+    limits: Limits
+    label: str
+    staging: str
+    _over: bool = field(default=False, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def _root(self, entry: Entry) -> str:
+        return self.roots.get(entry.root, self.roots[""])
+
+    def bring_back(self, entries: Mapping[str, Entry]) -> RestoreReport:
+        known = self.manifest.load()
+        failures: list[FileFailure] = []
+        fetches: list[_Fetch] = []
+        foreign: dict[str, Entry] = {}
+        kept = 0
+        for path, entry in entries.items():
+            verdict = judge(path, entry, self._root(entry), known.get(path))
+            if verdict is Verdict.REFUSED:
+                message = f"{self.storage.name} names {path!r}, which is no place in a directory"
+                failures.append(FileFailure(self.label, path, "ValueError", message))
+            elif verdict is Verdict.LOCAL:
+                foreign[path] = entry
+            elif verdict is Verdict.KEPT:
+                kept += 1
+            else:
+                fetches.append(_Fetch(path, entry, verdict))
+        local = len(foreign)
+        # Small ones first: most of them are back, whatever happens to the rest.
+        fetches.sort(key=lambda fetch: (fetch.entry.size or 0, fetch.path))
+
+        records: dict[str, Record] = {}
+        count = size = 0
+        try:
+            for fetch, result in run(fetches, self._fetch, self.limits):
+                if isinstance(result, Record):
+                    records[fetch.path] = result
+                    count, size = count + 1, size + result.fingerprint.size
+                elif result is None:
+                    local, foreign[fetch.path] = local + 1, fetch.entry
+                else:
+                    foreign[fetch.path] = fetch.entry
+                    failures.append(self._failure(fetch, result))
+        finally:
+            with self._lock:
+                self._over = True
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.manifest.disown(foreign)
+        self.manifest.record(records)
+        self.manifest.meet(entries)
+        return RestoreReport(count, size, kept, local, tuple(failures))
+
+    def _failure(self, fetch: _Fetch, error: BaseException) -> FileFailure:
+        message = f"restoring {self.storage.name}/{fetch.path} failed: {describe(error)}"
+        return FileFailure(self.label, fetch.path, type(error).__name__, message)
+
+    def _fetch(self, fetch: _Fetch, health: Health) -> Record | None:
+        """Bring one file back; ``None`` if one has appeared in its place meanwhile."""
+        staged = os.path.join(self.staging, f"{threading.get_ident()}")
+        try:
+            with _locally(self.staging):
+                os.makedirs(self.staging, exist_ok=True)
+            checksum = self._download(fetch, staged)
+            health.succeeded()
+            return self._publish(fetch, staged, checksum)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(staged)
+
+    def _download(self, fetch: _Fetch, staged: str) -> str:
+        path, entry = fetch.path, fetch.entry
+        checksum, size = Checksum(), 0
+        with _locally(staged):
+            out = open(staged, "wb", buffering=0)  # noqa: SIM115 - closed below
+        with out:
+            for chunk in self.storage.read(path):
+                if self._over:
+                    raise TimeoutError("given up")
+                checksum.update(chunk)
+                size += len(chunk)
+                with _locally(staged):
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[out.write(view) :]
+        text = checksum.text()
+        if size == entry.size and entry.checksum and self._equals(staged, text, entry.checksum):
+            return text
+        # Newer than the index, which is not written with every upload: let storage vouch for it.
+        stat = self.storage.stat(path)
+        right = stat is not None and stat.size == size
+        if stat and right and etag_matches(text, stat.etag) is False:
+            # An encrypted object's ETag is no checksum; but the same bytes twice are no accident.
+            right = checksum_of(self.storage.read(path)) == text
+        if not right:
+            raise OSError(f"{size} bytes arrived, which are not what storage says it has")
+        return text
+
+    @staticmethod
+    def _equals(staged: str, text: str, wanted: str) -> bool:
+        if text.partition("/")[2] == wanted.partition("/")[2]:
+            return text == wanted
+        with open(staged, "rb") as file:  # the index was written with parts of another size
+            return checksum_of(iter(lambda: file.read(1 << 20), b""), like=wanted) == wanted
+
+    def _publish(self, fetch: _Fetch, staged: str, checksum: str) -> Record | None:
+        root = self._root(fetch.entry)
+        target = os.path.join(root, fetch.path)
+        with self._lock:
+            if self._over:
+                raise TimeoutError("given up")
+            with _locally(target):
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                try:
+                    if fetch.verdict is Verdict.OUTDATED:
+                        os.replace(staged, target)
+                    else:
+                        _link(staged, target)
+                except FileExistsError:
+                    return None
+            # Always racy: whoever opens it next may write to it within the same clock tick.
+            facts = Fingerprint.of(os.stat(target))
+        return Record(facts, checksum, racy=True, root=fetch.entry.root)
+
+
+@contextlib.contextmanager
+def _locally(path: str) -> Iterator[None]:
+    """Keeps a local disk's error from being taken for the storage's."""
+    try:
+        yield
+    except OSError as error:
+        raise LocalFileError(f"writing {path}: {error}") from error
+
+
+def _link(staged: str, target: str) -> None:
+    """Give a file its name, unless somebody else has it; without the moment of a half one."""
+    try:
+        os.link(staged, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(target):
+            raise FileExistsError(target) from None
+        os.rename(staged, target)
+    else:
+        os.unlink(staged)
