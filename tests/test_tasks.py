@@ -15,6 +15,7 @@ from tune_sync_plugin import tune_internals
 from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT, SyncReport
+from tune_sync_plugin.runs import RunFacts
 from tune_sync_plugin.tasks import _sync_one
 
 MARK = ".validate_storage_marker"
@@ -30,7 +31,7 @@ class Node:
         self.stored.mkdir()
         (self.stored / MARK).touch()
         local = pyarrow.fs.LocalFileSystem()
-        self.run = Run(local, "run", "driver-1", str(self.stored), MARK)
+        self.run = Run(local, "run", "driver-1", str(self.stored), MARK, RunFacts("r1", "now"))
         self.job = SyncJob(
             "t",
             ("working_dirs/t",),

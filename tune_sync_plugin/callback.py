@@ -10,6 +10,7 @@ import functools
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from tune_sync_plugin import tune_internals
+from tune_sync_plugin import runs, tune_internals
 from tune_sync_plugin.config import SyncConfig, plain, resolve
 from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
 from tune_sync_plugin.dispatcher import Dispatcher, Turn
@@ -33,7 +34,8 @@ from tune_sync_plugin.report import (
     RestoreReport,
     SyncReport,
 )
-from tune_sync_plugin.tasks import Attached, Restoring, attach
+from tune_sync_plugin.runs import RunFacts
+from tune_sync_plugin.tasks import Attached, Restoring, attach, close_run
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 # Failures that the last log message names; all of them are in the report.
 _MOST_NAMED = 20
+# What the summary may take, after everything else.
+_SUMMARY_S = 10.0
 
 
 def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
@@ -209,10 +213,12 @@ class _Experiment:
             f"driver-{here}",
             storage.experiment_path,
             tune_internals.STORAGE_MARK,
+            RunFacts(uuid.uuid4().hex[:12], runs.now(), self._resumed),
         )
         mark_driver_disk(run, tune_internals.session_dir())
+        self._executor = RayExecutor(run)
         self.dispatcher = Dispatcher(
-            RayExecutor(run),
+            self._executor,
             self._on_report,
             period_s=config.sync_period,
             timeout_s=config.sync_timeout,
@@ -373,6 +379,7 @@ class _Experiment:
             self.dispatcher.stop()
             self._gates.close()
             self._report.duration_s = time.monotonic() - self._started
+        self._write_summary()
         failures = self._report.failures + broken
         if not failures:
             logger.info("%s, in %s", self._report.summary(), self._report.destination)
@@ -387,6 +394,18 @@ class _Experiment:
             ]
             named = [*map(str, failures), *left_to_ray]
             raise SyncError("\n  ".join([self._report.summary(), *named]))
+
+    def _write_summary(self) -> None:
+        """Last of all, since it says that everything else has arrived."""
+        if self._report.experiment.failures:
+            return  # the state of the experiment itself has not
+        summary = runs.summarize(self._report, self._run.facts)
+        try:
+            problem = self._executor.call_here(close_run, self._run, summary, _SUMMARY_S)
+        except Exception as error:
+            problem = f"the summary could not be written: {type(error).__name__}: {describe(error)}"
+        if problem:
+            logger.warning("SyncCallback: %s", problem)
 
 
 def _prepare(job: SyncJob, turn: Turn) -> SyncJob:

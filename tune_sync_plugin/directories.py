@@ -18,6 +18,7 @@ from tune_sync_plugin.engine.scan import scan
 from tune_sync_plugin.engine.storage import LocalStorage, Storage, storage_at
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT
+from tune_sync_plugin.runs import RunFacts
 from tune_sync_plugin.tune_internals import DRIVERS_NAMES, is_drivers
 
 # Ours, beside Ray's `driver_artifacts` and `working_dirs` in a run's session directory.
@@ -62,6 +63,7 @@ class Run:
         driver_mark: Names the file that tells the driver's disk.
         destination: The experiment's prefix on the file system.
         storage_mark: A file there, by which to tell that a local path is the one the driver sees.
+        facts: What tells this run from others that write to the same place.
     """
 
     filesystem: Any
@@ -69,6 +71,7 @@ class Run:
     driver_mark: str
     destination: str
     storage_mark: str
+    facts: RunFacts
 
 
 def mark_driver_disk(run: Run, session_dir: str) -> None:
@@ -95,6 +98,7 @@ class Directories:
         roots: What to sync, without repetitions.
         labels: The names of the roots in the index.
         storage: Where to.
+        claimed: The path of a file that is there once the run has made itself known in storage.
         manifest: The manifest's path. There is one per destination: a restored run may write
             somewhere else.
 
@@ -105,6 +109,7 @@ class Directories:
     def __init__(self, job: SyncJob, run: Run, here: str, node: str) -> None:
         self._job = job
         self._node = node
+        self.claimed = os.path.join(here, _OUR_DIR, f"claimed-{run.facts.id}")
         self.storage: Storage = storage_at(run.filesystem, job.destination)
         if job.key != EXPERIMENT and isinstance(self.storage, LocalStorage):
             _check_shared(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -67,6 +67,29 @@ class RayExecutor:
             ray.wait(list(handles), timeout=timeout_s)
         else:
             time.sleep(min(timeout_s, 0.01))
+
+    def call_here(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run something short in a worker process of this node; the last argument is its limit.
+
+        Raises:
+            TimeoutError: It took longer; it has been killed.
+            RuntimeError: It raised something, which the message names.
+        """
+        here = ray.get_runtime_context().get_node_id()
+        task = ray.remote(num_cpus=0, max_retries=0)(function).options(
+            name="tune_sync:end",
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+        )
+        reference = task.remote(*arguments)
+        timeout_s = float(arguments[-1])
+        if not ray.wait([reference], timeout=timeout_s)[0]:
+            self.kill(reference)
+            raise TimeoutError(f"no answer within {timeout_s:g} s")
+        try:
+            return ray.get(reference)
+        except Exception as error:
+            name, message = cause_of(error)
+            raise RuntimeError(f"{name}: {message}") from None
 
     def alive_nodes(self) -> set[str]:
         """The ids of the cluster's live nodes."""

@@ -29,6 +29,11 @@ class FileFailure(NamedTuple):
     error: str
     message: str
 
+    @property
+    def lost(self) -> bool:
+        """Whether there is nothing left to try: the only place that had it is gone."""
+        return self.error == "NodeDiedError"
+
     def __str__(self) -> str:
         where = f"{self.trial}/{self.path}" if self.path else self.trial
         return f"{where}: {self.error}: {self.message}"
@@ -43,6 +48,8 @@ class SyncReport:
         files_unchanged: Files that storage already held, and ``bytes_unchanged`` their size.
         failures: What should be in storage and is not.
         deferred: Files that changed while they were read; the next sync takes them.
+        files_stored: Files that storage holds from this directory, wherever they were sent from,
+            and ``bytes_stored`` their size in bytes; 0 if the sync never came to look.
         skipped: Paths that can't be synced by their nature (FIFOs, sockets, devices, loops).
         warnings: Things that cost time but lose nothing, such as an unusable manifest.
         duration_s: How long it ran, in seconds.
@@ -55,6 +62,8 @@ class SyncReport:
     bytes_unchanged: int = 0
     failures: tuple[FileFailure, ...] = ()
     deferred: tuple[FileFailure, ...] = ()
+    files_stored: int = 0
+    bytes_stored: int = 0
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     duration_s: float = 0.0
@@ -101,7 +110,7 @@ class TrialReport:
         bytes_uploaded: Bytes sent, over all syncs.
         bytes_unchanged: Bytes that did not have to be sent again, over all syncs.
         last_by_node: The last sync's report by the id of the node it ran on.
-        files: Files in storage after the last sync; one that two nodes sent counts twice.
+        files: Files in storage after the last sync, and ``bytes`` their size.
         restored: What each restart brought back; see :class:`RestoreReport`.
         last_sync: When the last complete sync ended, in seconds since the epoch; ``None`` if there
             was none.
@@ -115,7 +124,7 @@ class TrialReport:
     last_by_node: dict[str, SyncReport] = field(default_factory=dict)
     restored: list[RestoreReport] = field(default_factory=list)
     last_sync: float | None = None
-    _held_by_node: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _stored: tuple[int, int] = (0, 0)
 
     def add(self, node_id: str, report: SyncReport) -> None:
         """Count one more sync, run on ``node_id``."""
@@ -124,21 +133,19 @@ class TrialReport:
         self.bytes_uploaded += report.bytes_uploaded
         self.bytes_unchanged += report.bytes_unchanged
         self.last_by_node[node_id] = report
-        # A sync that never got to work says nothing about what storage holds.
-        files = report.files_uploaded + report.files_unchanged
-        if files:
-            self._held_by_node[node_id] = (files, report.bytes_uploaded + report.bytes_unchanged)
+        # Of several nodes, the one that looked last knows of the others' files as well.
+        stored = (report.files_stored, report.bytes_stored)
+        self._stored = max(self._stored, stored)
         if report.complete:
             self.last_sync = time.time()
 
     @property
     def files(self) -> int:
-        return sum(files for files, _ in self._held_by_node.values())
+        return self._stored[0]
 
     @property
     def bytes(self) -> int:
-        """Bytes in storage after the last sync, counted as ``files`` are."""
-        return sum(size for _, size in self._held_by_node.values())
+        return self._stored[1]
 
     @property
     def not_restored(self) -> list[FileFailure]:

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import ray
 
-from tune_sync_plugin import tune_internals
+from tune_sync_plugin import runs, tune_internals
 from tune_sync_plugin.directories import Directories, Run, SyncJob
+from tune_sync_plugin.engine.pool import Limits, once
 from tune_sync_plugin.engine.restore import RestoreOptions, restore
+from tune_sync_plugin.engine.storage import storage_at
 from tune_sync_plugin.engine.sync import sync
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Event, Started, Synced
-from tune_sync_plugin.report import FileFailure, RestoreReport, SyncReport
+from tune_sync_plugin.report import EXPERIMENT, FileFailure, RestoreReport, SyncReport
 
 # The driver kills a task that reported a timeout; should the driver be gone, it ends by itself.
 _LINGER_S = 30.0
@@ -53,7 +55,8 @@ def _sync_one(job: SyncJob, run: Run, here: str, node: str) -> SyncReport:
         place = Directories(job, run, here, node)
         if job.must_exist and not all(map(os.path.isdir, place.roots)):
             raise FileNotFoundError(f"this node has no {' or '.join(place.roots)}")
-        return sync(
+        warning = _claim(place, run) if job.key == EXPERIMENT else None
+        report = sync(
             place.roots,
             place.storage,
             place.manifest,
@@ -63,9 +66,29 @@ def _sync_one(job: SyncJob, run: Run, here: str, node: str) -> SyncReport:
             indexing=place.indexing(),
             labels=place.labels,
         )
+        return replace(report, warnings=(*report.warnings, warning)) if warning else report
     except Exception as error:
         message = f"syncing {job.destination} failed: {describe(error)}"
         return SyncReport(failures=(FileFailure(job.key, "", type(error).__name__, message),))
+
+
+def _claim(place: Directories, run: Run) -> str | None:
+    """Make the run known in storage, before its first file goes there."""
+    if os.path.exists(place.claimed):
+        return None
+    try:
+        warning = runs.claim(place.storage, run.facts)
+    except Exception:
+        return None  # the sync meets the same obstacle, and reports it; the next one tries again
+    with open(place.claimed, "w"):
+        return warning
+
+
+def close_run(run: Run, summary: dict[str, Any], timeout_s: float) -> str | None:
+    """Write the run's summary; returns a warning if another run was in the same directory."""
+    limits = Limits(1, time.monotonic() + timeout_s)
+    storage = storage_at(run.filesystem, run.destination)
+    return once(lambda: runs.close(storage, run.facts, summary), limits)
 
 
 @dataclass(frozen=True)

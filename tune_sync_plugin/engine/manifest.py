@@ -261,6 +261,14 @@ class Manifest:
         )
         return {path: Entry(*facts) for path, *facts in rows}
 
+    def stored(self) -> tuple[int, int]:
+        """How many files storage holds, wherever they came from, and their bytes."""
+        files, size = self._db.execute(
+            "SELECT count(*), sum(size) FROM (SELECT size FROM files WHERE size >= 0 "
+            "UNION ALL SELECT size FROM foreigners)"
+        ).fetchone()
+        return files, size or 0
+
     @property
     def indexed_paths(self) -> str | None:
         """What :meth:`index_written` was given last."""

@@ -174,6 +174,7 @@ class _Sync:
             unwritten = self.keeper.keep(forced=self.keeper.indexing.forced)
             if unwritten:
                 self._fail("writing of the index", INDEX, unwritten)
+        files_stored, bytes_stored = self.manifest.stored()
         warnings = []
         if self.aside:
             warnings.append(
@@ -187,6 +188,8 @@ class _Sync:
             bytes_unchanged=self.bytes_same,
             failures=tuple(self.failures),
             deferred=tuple(self.deferred),
+            files_stored=files_stored,
+            bytes_stored=bytes_stored,
             skipped=tuple(scanned.skipped),
             warnings=tuple(warnings),
             timed_out=self.timed_out and self.limits.clock() >= self.limits.deadline,
