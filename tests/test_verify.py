@@ -50,7 +50,8 @@ def exp(tmp_path: Path) -> Path:
 
 def summary(exp: Path, report: ExperimentReport) -> None:
     facts = RunFacts("r1", "2026-11-24T10:00:00+00:00")
-    assert close(storage_at(fs.LocalFileSystem(), str(exp)), facts, summarize(report, facts)) is None
+    storage = storage_at(fs.LocalFileSystem(), str(exp))
+    assert close(storage, facts, summarize(report, facts)) is None
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -27,6 +27,7 @@ from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, describe
 from tune_sync_plugin.executor import RayExecutor, cause_of
 from tune_sync_plugin.gate import Gates
+from tune_sync_plugin.leftovers import Leftovers
 from tune_sync_plugin.report import (
     EXPERIMENT,
     ExperimentReport,
@@ -205,6 +206,7 @@ class _Experiment:
         self._options = config.options()
         self._resumed = storage.resumed
         self._gates = Gates()
+        self._leftovers: Leftovers | None = None
 
         here = ray.get_runtime_context().get_node_id()
         self._run = run = Run(
@@ -243,11 +245,14 @@ class _Experiment:
         self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
 
     def take_over(self, storage: tune_internals.Storage, last: Callable[[], None]) -> None:
-        """Put ourselves in the place of Ray's syncing; the last step is what does it."""
+        """Put ourselves in the place of Ray's syncing."""
         storage.set_sync_config(plain(self.config))
         storage.keep_local_results()
         storage.call_last(last)
         storage.syncer = self._syncer
+        if storage.resumed and self.config.sync_artifacts:
+            jobs = {trial.trial_id: self._job(trial) for trial in storage.trials}
+            self._leftovers = Leftovers(self._executor, self.dispatcher, jobs)
 
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -265,12 +270,12 @@ class _Experiment:
         starts_again = left or self._resumed
         restoring: Restoring | None = None
         gate, is_flushed = None, _at_once
-        if starts_again and self.config.restore_artifacts:
-            if left:
-                gate, is_flushed = self._gates.promise(), self._flush(key)
-            flushed = (gate,) if gate else ()
-            restoring = Restoring(self._job(trial), self._run, left, flushed)
         self.dispatcher.add_target(key)
+        if starts_again and self.config.restore_artifacts:
+            gate, is_flushed = self._gates.promise(), self._flush(key)
+            # Where a killed driver left it is not known yet; at worst nothing is brought back.
+            left = () if self._resumed else left
+            restoring = Restoring(self._job(trial), self._run, left, (gate,))
         # From now on it may be anywhere; what it left where it was is requested by this.
         self.dispatcher.set_places(key, {})
         # Queued in the actor ahead of restore and train, so it comes before the training code.
@@ -279,8 +284,17 @@ class _Experiment:
 
     def _flush(self, key: str) -> Callable[[], bool]:
         # What a trial on the driver's disk wrote to get_trial_dir() goes with the driver's files.
-        parts = [self.dispatcher.catch_up(part) for part in (key, EXPERIMENT)]
-        return lambda: all(is_over() for is_over in parts)
+        parts: list[Callable[[], bool]] = []
+
+        def is_over() -> bool:
+            if self._leftovers and not self._leftovers.collect():
+                return False
+            if not parts:
+                parts.extend(self.dispatcher.catch_up(part) for part in (key, EXPERIMENT))
+            return all(part() for part in parts)
+
+        is_over()
+        return is_over
 
     def _job(self, trial: Trial, *more_roots: str) -> SyncJob:
         working_dir, trial_dir = tune_internals.trial_roots(trial)
@@ -344,6 +358,8 @@ class _Experiment:
 
     def poll(self) -> None:
         self._syncer.step_ended()
+        if self._leftovers and self._leftovers.collect():
+            self._leftovers = None
         if self._attaching:
             self._collect_attached()
         self.dispatcher.poll()
@@ -401,7 +417,9 @@ class _Experiment:
             return  # the state of the experiment itself has not
         summary = runs.summarize(self._report, self._run.facts)
         try:
-            problem = self._executor.call_here(close_run, self._run, summary, _SUMMARY_S)
+            here = ray.get_runtime_context().get_node_id()
+            end = self._executor.call(here, close_run, summary, _SUMMARY_S)
+            problem = self._executor.result(end, _SUMMARY_S)
         except Exception as error:
             problem = f"the summary could not be written: {type(error).__name__}: {describe(error)}"
         if problem:

@@ -188,6 +188,15 @@ class Dispatcher:
             target.wanted_early = target.forced_early = False
         self._enqueue(target)
 
+    def add_left(self, key: str, node_id: str, job: Any) -> None:
+        """Say that a target has been on a node before all that is known of it; requests that."""
+        target = self._targets[key]
+        if node_id not in target.places:
+            place = _Place(node_id, job)
+            target.places = {node_id: place, **target.places}
+            self._want(place, forced=True)
+            self._enqueue(target)
+
     def request(self, key: str, *, forced: bool) -> None:
         """Ask for a sync of a target from where it is now. Unknown targets are ignored."""
         target = self._targets.get(key)

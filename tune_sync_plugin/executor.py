@@ -68,20 +68,25 @@ class RayExecutor:
         else:
             time.sleep(min(timeout_s, 0.01))
 
-    def call_here(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run something short in a worker process of this node; the last argument is its limit.
+    def call(self, node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run ``function(*arguments, run)`` in a worker process of that node; never blocks."""
+        task = ray.remote(num_cpus=0, max_retries=0)(function).options(
+            name=f"tune_sync:{function.__name__}",
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        return task.remote(*arguments, self._run)
+
+    def is_ready(self, reference: Any) -> bool:
+        """Whether a call has ended."""
+        return bool(ray.wait([reference], timeout=0)[0])
+
+    def result(self, reference: Any, timeout_s: float = 0.0) -> Any:
+        """What a call returned.
 
         Raises:
-            TimeoutError: It took longer; it has been killed.
+            TimeoutError: It has not within that time; it has been killed.
             RuntimeError: It raised something, which the message names.
         """
-        here = ray.get_runtime_context().get_node_id()
-        task = ray.remote(num_cpus=0, max_retries=0)(function).options(
-            name="tune_sync:end",
-            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
-        )
-        reference = task.remote(*arguments)
-        timeout_s = float(arguments[-1])
         if not ray.wait([reference], timeout=timeout_s)[0]:
             self.kill(reference)
             raise TimeoutError(f"no answer within {timeout_s:g} s")

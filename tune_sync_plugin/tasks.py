@@ -84,7 +84,22 @@ def _claim(place: Directories, run: Run) -> str | None:
         return warning
 
 
-def close_run(run: Run, summary: dict[str, Any], timeout_s: float) -> str | None:
+def find_leftovers(jobs: Sequence[SyncJob], run: Run) -> list[str]:
+    """The keys of the jobs that have something on this node, or have been synced from it."""
+    here, node = _here(run)
+    found = []
+    for job in jobs:
+        place = Directories(job, run, here, node)
+        if os.path.exists(place.manifest) or any(map(_has_files, place.roots)):
+            found.append(job.key)
+    return found
+
+
+def _has_files(directory: str) -> bool:
+    return any(names for _, _, names in os.walk(directory))
+
+
+def close_run(summary: dict[str, Any], timeout_s: float, run: Run) -> str | None:
     """Write the run's summary; returns a warning if another run was in the same directory."""
     limits = Limits(1, time.monotonic() + timeout_s)
     storage = storage_at(run.filesystem, run.destination)
@@ -131,7 +146,7 @@ def _restore(restoring: Restoring) -> RestoreReport | None:
     try:
         here, node = _here(run)
         place = Directories(job, run, here, node)
-        if set(restoring.left) == {node} and os.path.isdir(place.roots[0]):
+        if set(restoring.left) == {node} and os.path.exists(place.manifest):
             return None  # it is as the trial left it
         started = time.monotonic()
         unflushed: tuple[str, ...] = ()
@@ -145,7 +160,13 @@ def _restore(restoring: Restoring) -> RestoreReport | None:
                 )
         # Something is left in any case: what held the flush up need not hold this up.
         left_s = max(job.options.timeout_s - (time.monotonic() - started), 10.0)
-        options = RestoreOptions(job.options.concurrency, left_s, tune_internals.is_drivers)
+        options = RestoreOptions(
+            job.options.concurrency,
+            left_s,
+            tune_internals.is_drivers,
+            # Where the run is ours from its start, no index means that nothing was sent.
+            without_index=run.facts.resumed,
+        )
         report = restore(place.to_restore(), place.storage, place.manifest, options, label=job.key)
         return replace(report, warnings=(*unflushed, *report.warnings))
     except Exception as error:

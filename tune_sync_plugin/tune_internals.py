@@ -98,8 +98,13 @@ class Storage:
         that is not installed would end the trial: so this must be Ray's own class.
         """
         self._context.sync_config = config
-        for trial in self._controller.get_trials():
+        for trial in self.trials:
             trial.storage.sync_config = config
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All of the experiment's trials so far."""
+        return list(self._controller.get_trials())
 
     @property
     def resumed(self) -> bool:

@@ -53,12 +53,15 @@ class RestoreOptions:
         concurrency: Files on their way at once.
         timeout_s: Seconds after which it stops and names what is missing.
         drivers: Tells, by their paths, the files in storage that are no artifacts: only used where
+            there is no index that could.
+        without_index: Whether to bring back all that is listed and is an artifact by its name, if
             there is no index.
     """
 
     concurrency: int = 16
     timeout_s: float = 1800.0
     drivers: Callable[[str], bool] = lambda path: False
+    without_index: bool = True
 
 
 def judge(path: str, entry: Entry, root: str, record: Record | None) -> Verdict:
@@ -134,12 +137,9 @@ def restore(
                 ),
                 limits,
             )
-            from_index = found is not None
-            entries = (
-                dict(found.entries)
-                if found is not None
-                else once(lambda: indexes.from_listing(storage, options.drivers), limits)
-            )
+            entries = dict(found.entries) if found else {}
+            if not found and options.without_index:
+                entries = once(lambda: indexes.from_listing(storage, options.drivers), limits)
         except BaseException as error:
             message = f"reading the index of {storage.name} failed: {describe(error)}"
             failure = FileFailure(label, "", type(error).__name__, message)
@@ -149,7 +149,7 @@ def restore(
         report = _Restorer(roots, storage, manifest, limits, label, staging).bring_back(entries)
         return replace(
             report,
-            from_index=from_index,
+            from_index=found is not None,
             warnings=(*warnings, *([manifest.warning] if manifest.warning else [])),
             duration_s=clock() - started,
         )

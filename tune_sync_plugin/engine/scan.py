@@ -71,6 +71,11 @@ class Scan:
     conflicts: list[str] = field(default_factory=list)
     started_ns: int = field(default_factory=time.time_ns)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to sync and nothing to say."""
+        return not (self.files or self.skipped or self.failures)
+
 
 def scan(
     roots: Sequence[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,12 +91,16 @@ def sync(
     """
     started = clock()
     limits = Limits(options.concurrency, started + options.timeout_s, clock)
+    scanned = scan(roots, options.keep, follow_symlinks=options.follow_symlinks, labels=labels)
+    for path in [path for path in scanned.files if taken(path)]:
+        del scanned.files[path]
+        scanned.failures.append((path, FileExistsError(_TAKEN)))
+    also = indexing.also if indexing else {}
+    if scanned.is_empty and not also and not os.path.exists(manifest_path):
+        # No manifest: its being there says that files of this have been here.
+        return SyncReport(duration_s=clock() - started)
     manifest = Manifest(manifest_path, storage.name)
     try:
-        scanned = scan(roots, options.keep, follow_symlinks=options.follow_symlinks, labels=labels)
-        for path in [path for path in scanned.files if taken(path)]:
-            del scanned.files[path]
-            scanned.failures.append((path, FileExistsError(_TAKEN)))
         keeper = IndexKeeper(indexing, storage, manifest, limits) if indexing else None
         plan = _plan(scanned, storage, manifest, keeper, limits)
         if options.only_missing:
