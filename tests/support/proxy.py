@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import random
 import re
 import socket
 import struct
@@ -29,7 +30,7 @@ _SOCKET_BUFFER = 128 * 1024  # bytes; what the kernel may hold back from the tok
 _SEGMENT = 1460  # bytes; with loopback's 64 KiB a client's own kernel takes megabytes at once
 _CREDIT_S = 0.02  # how much unused bandwidth may be caught up on
 _ERRORS = {403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "SlowDown"}
-_ACTION = re.compile(r"hang|reset|status:[2-5]\d\d|delay:\d+(\.\d+)?")
+_ACTION = re.compile(r"hang|reset|lose|status:[2-5]\d\d(:\w+)?|delay:\d+(\.\d+)?")
 _BROKEN = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
 
@@ -143,20 +144,31 @@ class Proxy:
         self._call("set", bandwidth=bandwidth_bytes_per_s, latency=latency_s)
 
     def add_rule(
-        self, key_regex: str, action: str, *, method: str | None = None, times: int | None = None
+        self,
+        key_regex: str,
+        action: str,
+        *,
+        method: str | None = None,
+        times: int | None = None,
+        fraction: float = 1.0,
+        seed: int = 0,
     ) -> None:
         """Make matching requests fail; the first rule that matches applies.
 
         Args:
             key_regex: Searched in the decoded path ("/bucket/key") + "?" + decoded query.
             action: `hang` (take the request, never answer), `reset` (RST on the request's
-                head), `status:CODE` (answer so without asking the server) or
-                `delay:SECONDS` (then forward).
+                head), `lose` (forward, then RST instead of the answer), `status:CODE` or
+                `status:CODE:NAME` (answer so without asking the server, with NAME as S3's
+                error code) or `delay:SECONDS` (then forward).
             method: The only method it applies to; None means any.
             times: After how many requests the rule is used up; None means never.
+            fraction: Which share of the requests that match it hits, at random; the others go to
+                the rules after it.
+            seed: Of that choice: the n-th request that matches is hit or not, whatever it is.
 
         Raises:
-            ValueError: `action` or `key_regex` is malformed.
+            ValueError: `action`, `key_regex` or `fraction` is malformed.
         """
         if not _ACTION.fullmatch(action):
             raise ValueError(f"action: {action!r}")
@@ -164,7 +176,17 @@ class Proxy:
             re.compile(key_regex)
         except re.error as exc:
             raise ValueError(f"key_regex: {exc}") from exc
-        self._call("add_rule", regex=key_regex, action=action, method=method, times=times)
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction: {fraction!r}")
+        self._call(
+            "add_rule",
+            regex=key_regex,
+            action=action,
+            method=method,
+            times=times,
+            fraction=fraction,
+            seed=seed,
+        )
 
     def clear_rules(self) -> None:
         """Drop all rules; requests that hang go on hanging until their client gives up."""
@@ -194,12 +216,19 @@ class _Rule:
     action: str
     method: str | None
     times: int | None
+    fraction: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
 
     def applies(self, record: Record) -> bool:
         """Whether the rule hits this request; counts it when so."""
         if self.times == 0 or self.method not in (None, record.method):
             return False
         if not re.search(self.regex, _target(record)):
+            return False
+        if self._random.random() >= self.fraction:
             return False
         if self.times is not None:
             self.times -= 1
@@ -396,7 +425,7 @@ class _Server:
             return False
         await asyncio.sleep(self._latency_s + (float(value) if kind == "delay" else 0.0))
         if kind == "status":
-            return await self._refuse(int(value), head, reader, writer, record)
+            return await self._refuse(value, head, reader, writer, record)
         if kind == "hang":
             await self._swallow(head, reader)
             while await reader.read(_CHUNK):
@@ -451,6 +480,9 @@ class _Server:
         while status < 200:
             head = await _Head.read(up_reader)
             status = int(head.start[1])
+            if record.action == "lose" and status >= 200:
+                _abort(writer, reset=True)
+                return False
             writer.write(head.raw)
             await writer.drain()
         record.status = status
@@ -463,7 +495,7 @@ class _Server:
 
     async def _refuse(
         self,
-        status: int,
+        answer: str,
         head: _Head,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -473,7 +505,9 @@ class _Server:
         keep = not (head.expects_continue or head.closes)
         if keep:
             await self._swallow(head, reader)
-        code = _ERRORS.get(status, "InjectedError")
+        number, _, name = answer.partition(":")
+        status = int(number)
+        code = name or _ERRORS.get(status, "InjectedError")
         text = f"<Error><Code>{code}</Code><Message>injected by the test</Message></Error>"
         body = b"" if head.start[0] == "HEAD" or status in (204, 304) else text.encode()
         lines = [f"HTTP/1.1 {status} {code}", "Content-Type: application/xml"]

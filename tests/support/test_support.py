@@ -7,6 +7,8 @@ What belongs here: what other tests take for granted about `S3Server`, `Proxy` a
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import http.client
 import os
 import socket
 import threading
@@ -287,6 +289,49 @@ def test_a_reset_is_a_reset(server: S3Server, proxy: Proxy) -> None:
     proxy.add_rule("again", "reset", times=1)
     server.client(proxy.port).put_object(Bucket=server.bucket, Key="again", Body=b"x")
     assert [r.status for r in proxy.stats().select("PUT", "again").records] == [None, 200]
+
+
+@needs_s3
+def test_a_lost_answer_is_lost_after_the_server_has_acted(server: S3Server, proxy: Proxy) -> None:
+    proxy.add_rule("acted", "lose", times=1)
+    client = server.client(proxy.port, retries=0)
+    with pytest.raises(botocore.exceptions.HTTPClientError):
+        client.put_object(Bucket=server.bucket, Key="acted", Body=b"x")
+    assert server.get("acted") == b"x"
+    assert [(r.action, r.status) for r in proxy.stats().records] == [("lose", None)]
+
+
+@needs_s3
+def test_a_share_of_the_requests_fails_the_same_ones_every_time(
+    server: S3Server, proxy: Proxy
+) -> None:
+    def actions(seed: int) -> list[str | None]:
+        proxy.clear_rules()
+        proxy.reset_stats()
+        proxy.add_rule("share/", "status:403", method="HEAD", fraction=0.3, seed=seed)
+        proxy.add_rule("share/", "status:404")
+        with contextlib.closing(http.client.HTTPConnection(proxy.host, proxy.port)) as connection:
+            for number in range(200):
+                connection.request("GET" if number % 2 else "HEAD", f"/share/{number}")
+                connection.getresponse().read()
+        return [record.action for record in proxy.stats().records]
+
+    first = actions(seed=1)
+    assert 20 <= first.count("status:403") <= 40  # of the 100 HEADs
+    assert set(first[1::2]) == {"status:404"}
+    assert actions(seed=1) == first
+    assert actions(seed=2) != first
+    proxy.add_rule("none", "status:403", fraction=0.0)
+    with pytest.raises(ValueError, match="fraction"):
+        proxy.add_rule("x", "reset", fraction=1.5)
+
+
+@needs_s3
+def test_a_status_can_carry_any_error_code(server: S3Server, proxy: Proxy) -> None:
+    proxy.add_rule("where", "status:404:NoSuchBucket")
+    client = server.client(proxy.port)
+    with pytest.raises(client.exceptions.NoSuchBucket):
+        client.list_objects_v2(Bucket="where")
 
 
 @needs_s3
