@@ -34,7 +34,7 @@ from tests.support.s3_server import S3Server, available
 from tests.support.scenarios import Link, sync_workers
 from tune_sync_plugin import SyncCallback, SyncConfig
 
-STEPS = 20
+NODES, STEPS = 3, 20
 
 
 def content(x: int, step: int) -> bytes:
@@ -71,7 +71,7 @@ class Chaos:
     def __init__(self, cluster: LocalCluster, proxy: Proxy, chance: random.Random) -> None:
         self.done: Counter[str] = Counter()
         self._cluster, self._proxy, self._chance = cluster, proxy, chance
-        self._alive = [1, 2, 3]
+        self._alive = list(range(1, NODES + 1))
         self._stop = threading.Event()
 
     def __enter__(self) -> Chaos:
@@ -84,6 +84,12 @@ class Chaos:
         self._stop.set()
         self._thread.join()
         self.heal()
+
+    def restock(self) -> None:
+        """Replace the nodes that died; only Python's main thread can start one."""
+        while len(self._alive) < NODES:
+            self._cluster.add_node()
+            self._alive.append(len(self._cluster.node_ids))
 
     def heal(self) -> None:
         self._proxy.clear_rules()
@@ -115,18 +121,17 @@ class Chaos:
                 os.kill(int(line.split(":")[0]), signal.SIGKILL)
 
     def _kill_node(self) -> None:
-        if self._chance.random() < 0.3:
+        if len(self._alive) > 1:
             number = self._chance.choice(self._alive)
             self._cluster.kill_node(number)
             self._alive.remove(number)
-            self._cluster.add_node()
-            self._alive.append(len(self._cluster.node_ids))
 
 
 def play(link: Link, chaos: Chaos, seed: int) -> Counter[str]:
     """One round; returns what was checked and what was found."""
     prefix = f"soak-{link.prefix()}"
     callback = SyncCallback()
+    chaos.restock()
     with chaos:
         results = tune.Tuner(
             train,
@@ -184,7 +189,7 @@ def main() -> int:
         tempfile.TemporaryDirectory() as directory,
         S3Server.start(Path(directory)) as server,
         Proxy.start(server.host, server.port) as proxy,
-        LocalCluster(workers=3) as cluster,
+        LocalCluster(workers=NODES) as cluster,
     ):
         chaos = Chaos(cluster, proxy, chance)
         while time.monotonic() < end:
