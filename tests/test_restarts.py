@@ -5,9 +5,10 @@ Real nodes with disks of their own, real storage. A trial is moved by taking its
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tests.support.cluster import LocalCluster
 from tests.support.scenarios import Link
 from tune_sync_plugin import SyncCallback, SyncConfig
 
@@ -36,6 +36,7 @@ class _Blocker:
 def move_away_when_this_ends() -> None:
     """Let the trial that calls this go on elsewhere than on this node."""
     node = ray.get_runtime_context().get_node_id()
+    unblock({other["NodeID"] for other in ray.nodes()} - {node})
     _Blocker.options(
         name=f"blocker-{node[:8]}",
         namespace="blockers",
@@ -45,14 +46,16 @@ def move_away_when_this_ends() -> None:
     ).remote()
 
 
-@pytest.fixture(autouse=True)
-def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
-    yield
-    for node in cluster.node_ids:
-        try:
+def unblock(nodes: Iterable[str]) -> None:
+    for node in nodes:
+        with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(f"blocker-{node[:8]}", namespace="blockers"))
-        except ValueError:
-            continue
+
+
+@pytest.fixture(autouse=True)
+def _no_blockers() -> Iterator[None]:
+    yield
+    unblock(node["NodeID"] for node in ray.nodes())
 
 
 def train(config: dict[str, Any]) -> None:
@@ -73,10 +76,9 @@ def train(config: dict[str, Any]) -> None:
             Path(directory, "step").write_text(str(step))
             tune.report({"step": step}, checkpoint=tune.Checkpoint.from_directory(directory))
         if step in config["fails_after"] and step >= start:
-            if step == config["fails_after"][0]:
-                move_away_when_this_ends()
             if not Path(f"failed_after_{step}").exists():
                 Path(f"failed_after_{step}").touch()
+                move_away_when_this_ends()
                 time.sleep(0.5)
                 raise RuntimeError(f"as asked, after {step}")
 
@@ -137,13 +139,15 @@ def test_a_log_goes_on_on_another_node(
     everything = "".join(f"{step}\n" for step in range(10)).encode()
     assert read("log.txt") == everything
     assert read("log2.txt") == everything
-    first, second = (read(f"attempt_at_{n}.txt").decode().split("\n", 1) for n in (0, 5))
-    assert first[0] != second[0], "it went on on another node"
-    assert second[1] == "0\n1\n2\n3\n4\n", "and found what it had written"
+    nodes, seen = zip(*(read(f"attempt_at_{n}.txt").decode().split("\n", 1) for n in (0, 5, 8)))
+    assert nodes[0] != nodes[1] != nodes[2], "it went on on another node, and came back"
+    assert seen[1] == "0\n1\n2\n3\n4\n", "and found what it had written"
+    assert seen[2] == "0\n1\n2\n3\n4\n5\n6\n7\n", "not what it had left there"
     (trial,) = callback.report.trials.values()
     assert not callback.report.failures
-    assert trial.restored[0].files_restored == 4
-    assert trial.restored[0].from_index
+    # Two logs, two marks. Then one mark more, and the logs that are not as they were left.
+    assert [report.files_restored for report in trial.restored] == [4, 4]
+    assert all(report.from_index for report in trial.restored)
     figure(
         f"trial raises twice, moves, on_checkpoint={on_checkpoint}, {storage_path[:2]}",
         written=2 * len(everything),

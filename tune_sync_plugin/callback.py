@@ -208,7 +208,7 @@ class _Experiment:
         self._gates = Gates()
         self._leftovers: Leftovers | None = None
 
-        here = ray.get_runtime_context().get_node_id()
+        self._here = here = ray.get_runtime_context().get_node_id()
         self._run = run = Run(
             storage.filesystem,
             storage.session_subdir,
@@ -272,7 +272,7 @@ class _Experiment:
         gate, is_flushed = None, _at_once
         self.dispatcher.add_target(key)
         if starts_again and self.config.restore_artifacts:
-            gate, is_flushed = self._gates.promise(), self._flush(key)
+            gate, is_flushed = self._gates.promise(), self._flush(key, left)
             # Where a killed driver left it is not known yet; at worst nothing is brought back.
             left = () if self._resumed else left
             restoring = Restoring(self._job(trial), self._run, left, (gate,))
@@ -282,15 +282,17 @@ class _Experiment:
         reference = actor.__ray_call__.remote(attach, restoring)
         self._attaching[key] = _Attaching(reference, trial, gate, is_flushed)
 
-    def _flush(self, key: str) -> Callable[[], bool]:
+    def _flush(self, key: str, left: tuple[str, ...]) -> Callable[[], bool]:
         # What a trial on the driver's disk wrote to get_trial_dir() goes with the driver's files.
+        with_drivers = self._resumed or self._here in left
+        keys = (key, EXPERIMENT) if with_drivers else (key,)
         parts: list[Callable[[], bool]] = []
 
         def is_over() -> bool:
             if self._leftovers and not self._leftovers.collect():
                 return False
             if not parts:
-                parts.extend(self.dispatcher.catch_up(part) for part in (key, EXPERIMENT))
+                parts.extend(map(self.dispatcher.catch_up, keys))
             return all(part() for part in parts)
 
         is_over()
@@ -417,8 +419,7 @@ class _Experiment:
             return  # the state of the experiment itself has not
         summary = runs.summarize(self._report, self._run.facts)
         try:
-            here = ray.get_runtime_context().get_node_id()
-            end = self._executor.call(here, close_run, summary, _SUMMARY_S)
+            end = self._executor.call(self._here, close_run, summary, _SUMMARY_S)
             problem = self._executor.result(end, _SUMMARY_S)
         except Exception as error:
             problem = f"the summary could not be written: {type(error).__name__}: {describe(error)}"
