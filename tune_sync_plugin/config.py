@@ -32,7 +32,7 @@ class SyncConfig(tune.SyncConfig):
             once.
         sync_timeout: Seconds, default 1800. A sync that has run this long is killed, reported as
             ``TimeoutError`` and resumed by the next one. The end of the experiment (Ray's last
-            snapshot and the final flush) takes at most this long and ten seconds.
+            snapshot, the final flush, the summary) takes at most this long and twenty seconds.
         sync_artifacts: Default ``False``. Whether what a trial writes into its directory on the
             worker is synced.
         sync_artifacts_on_checkpoint: Default ``True``. Whether a checkpoint forces a sync of the
