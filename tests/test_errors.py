@@ -11,6 +11,7 @@ from tune_sync_plugin.errors import (
     SourceChangedError,
     SourceError,
     SyncError,
+    code_of,
     describe,
     is_retryable,
 )
@@ -20,7 +21,16 @@ def os_error(number: int) -> OSError:
     return OSError(number, "as scripted")
 
 
+def as_s3fs(translated: Exception, code: str, operation: str = "PutObject") -> Exception:
+    """What s3fs makes of S3's error, whose message is "no"."""
+    about = f"An error occurred ({code}) when calling the {operation} operation: no"
+    translated.__cause__ = RuntimeError(about)
+    return translated
+
+
 RETRYABLE = [
+    as_s3fs(OSError(errno.EREMOTEIO, "no"), "InternalError"),
+    as_s3fs(FileNotFoundError("no"), "NoSuchUpload", "UploadPart"),
     os_error(errno.EIO),
     os_error(errno.ECONNRESET),
     os_error(errno.ECONNREFUSED),
@@ -53,6 +63,7 @@ RETRYABLE = [
 ]
 
 FATAL = [
+    as_s3fs(FileNotFoundError("no"), "NoSuchBucket"),
     SourceError("can't be read"),
     SourceChangedError("shrank"),
     PermissionError("Access Denied"),  # what s3fs makes of 403
@@ -139,6 +150,16 @@ class TestDescribe:
     def test_leaves_the_rest_alone(self, text: str) -> None:
         assert describe(OSError(text)) == text
 
+    @pytest.mark.parametrize("error", [PermissionError("no"), OSError(errno.EIO, "no")], ids=str)
+    def test_says_the_operation_and_the_code_that_s3fs_leaves_in_the_cause(
+        self, error: Exception
+    ) -> None:
+        described = describe(as_s3fs(error, "AccessDenied", "UploadPart"))
+        assert "AccessDenied" in described
+        assert "UploadPart" in described
+        error.__cause__ = RuntimeError("something else")
+        assert describe(error) == str(error)
+
     def test_is_one_line_of_bounded_length(self) -> None:
         assert describe(OSError("a\n  b\tc")) == "a b c"
         assert len(describe(OSError("x" * 10_000))) == 500
@@ -149,6 +170,21 @@ class TestDescribe:
 
     def test_says_at_least_the_error_s_name(self) -> None:
         assert describe(TimeoutError()) == "TimeoutError"
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("k: AWS Error ACCESS_DENIED during UploadPart operation: no", "ACCESS_DENIED"),
+        ("k: AWS Error UNKNOWN (HTTP status 403) during PutObject operation", "403"),
+        ("An error occurred (NoSuchBucket) when calling the PutObject operation", "NoSuchBucket"),
+        ("PutObject failed, HTTP response code: 403", "403"),
+        ("[Errno 28] No space left on device", "Errno 28"),
+        ("upload of 403/AccessDenied failed: peer", None),
+    ],
+)
+def test_the_code_tells_causes_apart(message: str, code: str | None) -> None:
+    assert code_of(message) == code
 
 
 def test_the_hierarchy() -> None:

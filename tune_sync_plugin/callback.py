@@ -24,7 +24,7 @@ from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
 from tune_sync_plugin.dispatcher import Dispatcher, Turn
 from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
-from tune_sync_plugin.errors import SyncError, describe
+from tune_sync_plugin.errors import SyncError, code_of, describe
 from tune_sync_plugin.executor import RayExecutor, cause_of
 from tune_sync_plugin.gate import Gates
 from tune_sync_plugin.leftovers import Leftovers
@@ -378,10 +378,11 @@ class _Experiment:
                 "SyncConfig(follow_symlinks=True) what it points to is synced.",
             )
         for failure in report.failures:
+            # One per cause, and not one per class, file or sync.
             self.warn_once(
-                failure.error,
+                code_of(failure.message) or failure.error,
                 f"SyncCallback: {failure}. Training goes on and the next sync tries again; "
-                f"further {failure.error}s are only counted, see callback.report.failures.",
+                "more failures of this kind are only counted, see callback.report.failures.",
             )
 
     def finish(self) -> None:

@@ -69,7 +69,32 @@ def is_retryable(error: BaseException) -> bool:
         return False  # a bug, of ours or of a client's, which the next try has as well
     if isinstance(error, OSError) and error.errno in _FATAL_ERRNOS:
         return False
-    return not _FATAL_TEXT.search(str(error))
+    return not _FATAL_TEXT.search(_text(error))
+
+
+def _text(error: BaseException) -> str:
+    # s3fs makes Python's errors of S3's messages; the operation and the code stay in the cause.
+    said = getattr(error, "strerror", None) or str(error)
+    cause = str(error.__cause__ or "")
+    return cause if said in cause else str(error)
+
+
+# Where the clients write S3's error code or the HTTP status, and where Python an errno.
+_CODE = re.compile(
+    r"AWS Error (?:UNKNOWN \(HTTP status )?(\w+)|An error occurred \((\w+)\) when calling"
+    r"|HTTP (?:status|response code:) (\d{3})\b|\[(Errno \d+)\]"
+)
+
+
+def code_of(message: str) -> str | None:
+    """What tells causes apart that clients raise as one class: 403 and 500 are both ``OSError``s.
+
+    Example:
+        >>> code_of("upload of b/k failed: AWS Error ACCESS_DENIED during UploadPart operation")
+        'ACCESS_DENIED'
+    """
+    found = _CODE.search(message)
+    return next(filter(None, found.groups())) if found else None
 
 
 # Userinfo up to the last @, and the parameters of signed URLs, headers and connection strings.
@@ -82,5 +107,5 @@ _SECRETS = re.compile(
 
 def describe(error: BaseException) -> str:
     """One line about an error, with credentials in URLs blanked out."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_text(error).split()) or type(error).__name__
     return _SECRETS.sub(r"\1\2***", text)[:500]

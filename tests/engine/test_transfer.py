@@ -269,6 +269,19 @@ def test_a_hang_is_named_at_the_deadline_and_the_others_arrive(
     assert 1.5 <= elapsed < 15
 
 
+def test_a_try_that_the_deadline_cuts_off_names_why_it_was_needed(
+    root: Path, there: LocalStorage
+) -> None:
+    hanging = Hanging(there, {"000"})
+    storage = Failing(hanging, lambda path: ConnectionError("refused once"), times=1)
+    try:
+        outcomes = run(many(root, 1), storage, limits=Limits(1, time.monotonic() + 1.5))
+    finally:
+        hanging.release()
+    assert failed(outcomes) == {"000": TimeoutError}
+    assert "refused once" in str(outcomes["000"].error)
+
+
 def test_what_was_not_begun_by_the_deadline_says_so(root: Path, there: LocalStorage) -> None:
     storage = Hanging(there, {"000"})
     try:

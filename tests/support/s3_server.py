@@ -228,6 +228,14 @@ class S3Server:
         )
         return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", ())}
 
+    def contents(self, prefix: str) -> dict[str, bytes]:
+        """Return every object below `prefix`, under its key without the prefix and its slash."""
+        client = self.client()  # one for all: to make it takes longer than to read
+        return {
+            key[len(prefix) + 1 :]: client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+            for key in self.keys(f"{prefix}/")
+        }
+
     def get(self, key: str) -> bytes:
         """Return an object's content.
 

@@ -7,6 +7,7 @@ upload, a download, a comparison) is not known here.
 
 from __future__ import annotations
 
+import functools
 import queue
 import random
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tune_sync_plugin.errors import SourceError, is_retryable
+from tune_sync_plugin.errors import SourceError, describe, is_retryable
 
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 10.0
@@ -63,7 +64,9 @@ class Health:
         """The storage has refused something for good."""
         self._refusals += 1
         if not self._any_success and self._refusals >= _REFUSALS:
-            self.given_up = f"storage refused {self._refusals} files and took none; last: {error}"
+            self.given_up = (
+                f"storage refused {self._refusals} files and took none; last: {describe(error)}"
+            )
 
     def may_retry(self) -> bool:
         """Whether there is hope, as far as the other jobs' luck tells."""
@@ -87,6 +90,7 @@ def run(
     pending = set(range(len(jobs)))
     started: set[int] = set()
     health = Health(limits)
+    last_errors: dict[int, BaseException] = {}  # of jobs that are tried once more
 
     def work() -> None:
         while True:
@@ -95,7 +99,8 @@ def run(
                 if number < 0:
                     return
                 started.add(number)
-            done.put((number, _persist(jobs[number], do, limits, health)))
+            failed = functools.partial(last_errors.__setitem__, number)
+            done.put((number, _persist(jobs[number], do, limits, health, failed)))
 
     for _ in range(min(limits.concurrency, len(jobs))):
         # Daemons: a hung request must not keep the process from ending.
@@ -123,7 +128,9 @@ def run(
     for number in sorted(pending):
         if limits.clock() >= limits.deadline:
             what = "still under way" if number in started else "not begun"
-            yield jobs[number], TimeoutError(f"{what} when sync_timeout ran out")
+            before = last_errors.get(number)
+            why = f"; the try before failed: {describe(before)}" if before else ""
+            yield jobs[number], TimeoutError(f"{what} when sync_timeout ran out{why}")
         else:
             yield jobs[number], ConnectionError(f"not tried: {health.given_up}")
 
@@ -142,7 +149,11 @@ def once(do: Callable[[], R], limits: Limits) -> R:
 
 
 def _persist(
-    job: T, do: Callable[[T, Health], R], limits: Limits, health: Health
+    job: T,
+    do: Callable[[T, Health], R],
+    limits: Limits,
+    health: Health,
+    failed: Callable[[BaseException], None],
 ) -> R | BaseException:
     backoff = _FIRST_BACKOFF_S
     while True:
@@ -158,5 +169,6 @@ def _persist(
             pause = backoff * random.uniform(0.5, 1.0)
             if limits.clock() + pause >= limits.deadline or not health.may_retry():
                 return error
+            failed(error)
             time.sleep(pause)
             backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
