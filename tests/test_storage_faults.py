@@ -6,7 +6,6 @@ clients that users have. The same storage below a Tune run: test_storage_faults_
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 import threading
@@ -19,16 +18,13 @@ import pytest
 
 from tests.engine.support import fill, sync_dir
 from tests.support.proxy import Stats
+from tests.support.retries import TRIES, most_writes
 from tests.support.scenarios import Link
 from tune_sync_plugin.engine.storage import Storage, storage_at
 from tune_sync_plugin.report import SyncReport
 
 CLIENTS = ["pyarrow", "s3fs"]
 SMALL, BIG = 1000, 12_000_000  # one request by s3fs or one part by pyarrow; several parts by both
-# How often a client asks by itself for one thing, until it says that storage fails.
-# pyarrow: the AWS SDK's standard retries are three attempts. s3fs: five rounds (its `retries`) of
-# five attempts each (botocore's default).
-TRIES = {"pyarrow": 3, "s3fs": 25}
 # The requests for one file if nothing fails. pyarrow begins an upload, sends its parts (of 10 MB)
 # and completes it, also for a small file; s3fs does that only for a big one (here parts of 5 MB).
 NEEDED = {"pyarrow": {SMALL: 3, BIG: 4}, "s3fs": {SMALL: 1, BIG: 5}}
@@ -139,17 +135,6 @@ def test_everything_arrives_though_requests_fail(
     )
     place.link.proxy.reset_stats()
     assert place.sync().files_uploaded == place.stats().requests == 0
-
-
-def most_writes(seconds: float) -> int:
-    """How often the engine may begin to send one file within so long, if each try fails at once.
-
-    After the first it pauses 0.5 s, then twice as long each time, up to 10 s; jitter takes at most
-    half of a pause away.
-    """
-    pauses = (min(0.5 * 2**n, 10.0) / 2 for n in itertools.count())
-    ends = itertools.takewhile(lambda end: end <= seconds, itertools.accumulate(pauses))
-    return 1 + sum(1 for _ in ends)
 
 
 @pytest.mark.parametrize("client", CLIENTS)

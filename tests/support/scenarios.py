@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 
-from tests.support.proxy import Proxy, Stats
+from tests.support.proxy import Proxy, Record, Stats
 from tests.support.s3_server import S3Server
 from tune_sync_plugin import SyncCallback, SyncConfig
 
@@ -74,13 +75,17 @@ class Outcome:
 
     def uploads(self, regex: str) -> int:
         """How often keys that match were uploaded (a multipart upload counts once)."""
-        records = [
-            r
-            for r in self.stats.select(None, regex).records
-            if (r.method == "PUT" and "uploadId" not in r.query)
-            or (r.method == "POST" and "uploadId" in r.query)
-        ]
-        return len(records)
+        return len(uploads(self.stats, regex))
+
+
+def uploads(stats: Stats, regex: str) -> list[Record]:
+    """The requests that publish an object, one per upload, of keys that match."""
+    return [
+        r
+        for r in stats.select(None, regex).records
+        if (r.method == "PUT" and "uploadId" not in r.query)
+        or (r.method == "POST" and "uploadId" in r.query)
+    ]
 
 
 def fit(
@@ -94,21 +99,34 @@ def fit(
     tune_config: dict[str, Any] | None = None,
     shape: dict[str, float] | None = None,
     rules: list[dict[str, Any]] | None = None,
+    client: str = "pyarrow",
+    callback: SyncCallback | None = None,
 ) -> Outcome:
-    """Run an experiment ``by`` "ray" (its own sync), "ours", or "none" (no artifact sync)."""
+    """Run an experiment ``by`` "ray" (its own sync), "ours", or "none" (no artifact sync).
+
+    ``client`` is what talks to S3: "pyarrow", as Ray resolves s3://, or "s3fs", handed to Ray as
+    ``storage_filesystem``. Hand in a ``callback`` to see its report if ``fit`` raises.
+    """
     prefix = link.prefix()
+    storage: dict[str, Any] = {"storage_path": link.s3.uri(prefix, port=link.proxy.port)}
+    if client == "s3fs":
+        storage = {
+            "storage_path": f"{link.s3.bucket}/{prefix}",
+            "storage_filesystem": PyFileSystem(FSSpecHandler(link.s3.s3fs_fs(link.proxy.port))),
+        }
     settings = {"sync_artifacts": by != "none", "sync_period": 1, **(sync_config or {})}
-    callback = SyncCallback() if by == "ours" else None
+    if by == "ours" and callback is None:
+        callback = SyncCallback()
     tuner = tune.Tuner(
         train,
         param_space=space or {},
         tune_config=tune.TuneConfig(**(tune_config or {})),
         run_config=tune.RunConfig(
             name="exp",
-            storage_path=link.s3.uri(prefix, port=link.proxy.port),
             sync_config=(SyncConfig if by == "ours" else tune.SyncConfig)(**settings),
             callbacks=[callback] if callback else [],
             verbose=0,
+            **storage,
             **(run_config or {}),
         ),
     )

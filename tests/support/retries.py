@@ -1,0 +1,25 @@
+"""How often one file may be asked for at most when storage fails: from which tests work out bounds.
+
+What belongs here: the figures of the clients' own retries and of the engine's, each in one place.
+They are written down, not imported: a bound taken from the code would follow its mistakes.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+# How often a client asks by itself for one thing, until it says that storage fails.
+# pyarrow: the AWS SDK's standard retries are three attempts. s3fs: five rounds (its `retries`) of
+# five attempts each (botocore's default).
+TRIES = {"pyarrow": 3, "s3fs": 25}
+
+
+def most_writes(seconds: float) -> int:
+    """How often the engine may begin to send one file within so long, if each try fails at once.
+
+    After the first it pauses 0.5 s, then twice as long each time, up to 10 s; jitter takes at most
+    half of a pause away.
+    """
+    pauses = (min(0.5 * 2**n, 10.0) / 2 for n in itertools.count())
+    ends = itertools.takewhile(lambda end: end <= seconds, itertools.accumulate(pauses))
+    return 1 + sum(1 for _ in ends)
