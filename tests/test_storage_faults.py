@@ -18,7 +18,7 @@ import pytest
 
 from tests.engine.support import fill, sync_dir
 from tests.support.proxy import Stats
-from tests.support.retries import TRIES, most_writes
+from tests.support.retries import TRIES, most_requests, most_writes
 from tests.support.scenarios import Link
 from tune_sync_plugin.engine.storage import Storage, storage_at
 from tune_sync_plugin.report import SyncReport
@@ -157,11 +157,10 @@ def test_everything_arrives_after_an_outage(
     assert report.complete
     assert took >= outage_s, "there was no outage"
 
-    # The bound: in the outage each write of a file fails at its first request, which the client
-    # repeats, and at most 16 files are on their way.
+    # The bound: at most 16 files are on their way, each with the engine's and the client's pauses.
     failed = [record for record in seen.records if record.action]
     lasted = failed[-1].started_s - failed[0].started_s
-    most = CONCURRENCY * most_writes(lasted) * TRIES[client]
+    most = most_requests(client, CONCURRENCY, lasted)
     assert CONCURRENCY <= len(failed) <= most
     # Nor does the end of the outage let loose what had piled up.
     needed = sum(NEEDED[client][len(data)] for data in files.values())

@@ -111,6 +111,7 @@ def test_all_files_of_a_run_arrive_though_requests_fail(
         assert f"{result.path}/result.json".split("/", 1)[1] in outcome.stored
 
 
+@pytest.mark.slow  # the file that is answered 500 is tried for all of sync_timeout
 def test_files_that_are_refused_are_named_and_the_others_arrive(
     link: Link, figure: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,7 +124,7 @@ def test_files_that_are_refused_are_named_and_the_others_arrive(
             by="ours",
             callback=callback,
             space={**SPACE, "sleep_s": 0.7},
-            sync_config={"strict": True, "sync_timeout": 6},
+            sync_config={"strict": True, "sync_timeout": 15},
             rules=[
                 {"key_regex": r"/0_1\.bin\?partNumber", **refuse},
                 {"key_regex": r"/0_2\.bin\?partNumber", **refuse, "times": 2},

@@ -23,3 +23,15 @@ def most_writes(seconds: float) -> int:
     pauses = (min(0.5 * 2**n, 10.0) / 2 for n in itertools.count())
     ends = itertools.takewhile(lambda end: end <= seconds, itertools.accumulate(pauses))
     return 1 + sum(1 for _ in ends)
+
+
+def most_requests(client: str, files: int, seconds: float) -> int:
+    """How many requests so many files may cost at most while every one of them fails.
+
+    Each write of a file ends at its first request, which the client repeats. The AWS SDK in pyarrow
+    also stops repeating when most of its requests fail: a client has 500 tokens, a repeated request
+    costs five, and only a success gives some back.
+    """
+    writes = files * most_writes(seconds)
+    most = writes * TRIES[client]
+    return min(most, writes + 100) if client == "pyarrow" else most
