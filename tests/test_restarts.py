@@ -75,12 +75,12 @@ def train(config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "step").write_text(str(step))
             tune.report({"step": step}, checkpoint=tune.Checkpoint.from_directory(directory))
-        if step in config["fails_after"] and step >= start:
-            if not Path(f"failed_after_{step}").exists():
-                Path(f"failed_after_{step}").touch()
-                move_away_when_this_ends()
-                time.sleep(0.5)
-                raise RuntimeError(f"as asked, after {step}")
+        mark = Path(f"failed_after_{step}")
+        if step in config["fails_after"] and not mark.exists():
+            mark.touch()
+            move_away_when_this_ends()
+            time.sleep(0.5)
+            raise RuntimeError(f"as asked, after {step}")
 
 
 def fit(
@@ -139,7 +139,9 @@ def test_a_log_goes_on_on_another_node(
     everything = "".join(f"{step}\n" for step in range(10)).encode()
     assert read("log.txt") == everything
     assert read("log2.txt") == everything
-    nodes, seen = zip(*(read(f"attempt_at_{n}.txt").decode().split("\n", 1) for n in (0, 5, 8)))
+    nodes, seen = zip(
+        *(read(f"attempt_at_{n}.txt").decode().split("\n", 1) for n in (0, 5, 8)), strict=True
+    )
     assert nodes[0] != nodes[1] != nodes[2], "it went on on another node, and came back"
     assert seen[1] == "0\n1\n2\n3\n4\n", "and found what it had written"
     assert seen[2] == "0\n1\n2\n3\n4\n5\n6\n7\n", "not what it had left there"
