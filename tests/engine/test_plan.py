@@ -8,6 +8,8 @@ from tune_sync_plugin.engine.plan import Plan, Reason, Record, Upload, make_plan
 from tune_sync_plugin.engine.scan import FileEntry, Fingerprint
 
 OLD = Fingerprint(10, 1, 1, 7)
+SCANNED_NS = 10**12
+FUTURE = OLD._replace(ctime_ns=SCANNED_NS + 1)
 UNFINISHED = Record(Fingerprint(-1, -1, -1, -1))
 
 
@@ -15,7 +17,7 @@ def plan(
     local: dict[str, Fingerprint], known: dict[str, Record], *, has_directories: bool = True
 ) -> Plan:
     files = {path: FileEntry(path, f"/root/{path}", facts) for path, facts in local.items()}
-    return make_plan(files, known, has_directories=has_directories)
+    return make_plan(files, known, has_directories=has_directories, scanned_ns=SCANNED_NS)
 
 
 def decisions(result: Plan) -> list[tuple[str, Reason]]:
@@ -38,6 +40,8 @@ def decisions(result: Plan) -> list[tuple[str, Reason]]:
         pytest.param(OLD._replace(size=0), UNFINISHED, Reason.CHANGED, id="empty, never ended"),
         pytest.param(OLD._replace(mtime_ns=2), Record(OLD, b"d"), Reason.CHANGED, id="racy, old"),
         pytest.param(OLD, Record(OLD, b"d"), Reason.UNPROVEN, id="racy"),
+        pytest.param(FUTURE, Record(FUTURE), Reason.CHANGED, id="the clock was put back"),
+        pytest.param(FUTURE, Record(FUTURE, b"d"), Reason.UNPROVEN, id="racy before and now"),
         pytest.param(OLD, Record(OLD), None, id="the same"),
     ],
 )

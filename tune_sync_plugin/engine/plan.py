@@ -63,6 +63,7 @@ def make_plan(
     unrecorded: Mapping[str, Reason] = MappingProxyType({}),
     *,
     has_directories: bool,
+    scanned_ns: int,
 ) -> Plan:
     """Compare what is there with what storage holds.
 
@@ -73,6 +74,7 @@ def make_plan(
     | same inode, larger                 | the smaller one            | upload (APPENDED)     |
     | any other difference               | something                  | upload (CHANGED)      |
     | same fingerprint, but a racy one   | it                         | compare (UNPROVEN)    |
+    | same fingerprint, racy only now    | it                         | compare (UNPROVEN)    |
     | same fingerprint                   | it                         | nothing               |
     | gone                               | something                  | nothing: never delete |
     | gone, a file is now a directory    | something, on a file system| remove, then upload   |
@@ -90,7 +92,7 @@ def make_plan(
             old = record.fingerprint
             grew = new.inode == old.inode and new.size > old.size
             uploads.append(Upload(entry, Reason.APPENDED if grew else Reason.CHANGED))
-        elif record.racy:
+        elif record.racy or new.is_racy(scanned_ns):
             uploads.append(Upload(entry, Reason.UNPROVEN, record.checksum))
         else:
             files_unchanged += 1

@@ -133,7 +133,13 @@ def _plan(
         unrecorded = keeper.meet() if keeper else {}
         if manifest.damaged:
             unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
-    return make_plan(scanned.files, known, unrecorded, has_directories=storage.has_directories)
+    return make_plan(
+        scanned.files,
+        known,
+        unrecorded,
+        has_directories=storage.has_directories,
+        scanned_ns=scanned.started_ns,
+    )
 
 
 def _of_equal_size(scanned: Scan, storage: Storage, limits: Limits) -> dict[str, Reason]:
