@@ -229,23 +229,23 @@ def test_the_nodes_disk_fills_up_between_syncs(
     """What the manifest claims must not outlive what is about to be overwritten."""
     there, manifest = tmp_path / "storage", small_disk / "tune_sync" / "m.sqlite"
     names = [f"{n:03}".ljust(240, "n") for n in range(300)]
+    names = [f"dir/{name}" for name in names]
     fill(root, dict.fromkeys(names, b"old"))
     assert sync_dir(root, LocalStorage(str(there)), manifest).warnings == ()
 
     ballast = eat(small_disk, leave)
-    before = {name: (root / name).stat() for name in names}
+    (root / "dir").rename(tmp_path / "aside")
     fill(root, dict.fromkeys(names, b"newer"))
     report = sync_dir(root, LocalStorage(str(there)), manifest)
     assert report.complete, report.failures
     assert tree(there) == dict.fromkeys(names, b"newer")
 
-    # The old files come back, times and inodes included as far as one can set them. A manifest that
-    # still claimed them would now be believed.
+    # The old files come back, with the fingerprints they had, since only their directory moved. A
+    # manifest that still claimed them would be believed.
     ballast.unlink()
     check_usable(manifest)
-    for name in names:
-        (root / name).write_bytes(b"old")
-        os.utime(root / name, ns=(0, before[name].st_mtime_ns))
+    (root / "dir").rename(tmp_path / "newer")
+    (tmp_path / "aside").rename(root / "dir")
     assert sync_dir(root, LocalStorage(str(there)), manifest).complete
     assert tree(there) == dict.fromkeys(names, b"old")
     assert sync_dir(root, LocalStorage(str(there)), manifest).files_uploaded == 0
