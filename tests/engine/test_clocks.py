@@ -85,9 +85,12 @@ class WallClock:
             size, mtime_ns, ctime_ns, inode = exact(status)
             return Fingerprint(size, self._stamped(mtime_ns), self._stamped(ctime_ns), inode)
 
+        def begin() -> Scan:
+            return Scan(started_ns=self.now_ns())
+
         with (
             mock.patch.object(Fingerprint, "of", staticmethod(of)),
-            mock.patch.object(scan_module, "Scan", lambda: Scan(started_ns=self.now_ns())),
+            mock.patch.object(scan_module, "Scan", begin),
         ):
             yield self
 
