@@ -176,6 +176,7 @@ class CoarseJumpingClock(JumpingClock):
     def jump_forward(self) -> None:
         self.sync()
         super().jump_forward()
+        self.sync()  # from now on the files' times count as past
 
 
 _settings = settings(
