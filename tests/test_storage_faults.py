@@ -27,6 +27,7 @@ CLIENTS = ["pyarrow", "s3fs"]
 SMALL, BIG = 1000, 12_000_000  # one request by s3fs or one part by pyarrow; several parts by both
 # The requests for one file if nothing fails. pyarrow begins an upload, sends its parts (of 10 MB)
 # and completes it, also for a small file; s3fs does that only for a big one (here parts of 5 MB).
+# Then S3 is asked what it has.
 NEEDED = {"pyarrow": {SMALL: 4, BIG: 5}, "s3fs": {SMALL: 2, BIG: 6}}
 CONCURRENCY = 16  # files on their way at once, by default
 

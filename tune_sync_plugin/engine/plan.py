@@ -79,6 +79,9 @@ def make_plan(
     | gone                               | something                  | nothing: never delete |
     | gone, a file is now a directory    | something, on a file system| remove, then upload   |
 
+    "Racy only now" is one that was past at the last scan and is not at this one, at ``scanned_ns``:
+    the clock was put back, and a rewrite since may bear the time of what was there before.
+
     Small files go first, so that one large file does not hold up the rest.
     """
     uploads: list[Upload] = []
