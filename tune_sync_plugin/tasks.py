@@ -122,7 +122,7 @@ def _restore(restoring: Restoring) -> RestoreReport | None:
                 )
         # Something is left in any case: what held the flush up need not hold this up.
         left_s = max(job.options.timeout_s - (time.monotonic() - started), 10.0)
-        options = RestoreOptions(job.options.concurrency, left_s, tune_internals.is_drivers)
+        options = RestoreOptions(job.options.concurrency, left_s, tune_internals.is_drivers, node)
         report = restore(place.to_restore(), place.storage, place.manifest, options, label=job.key)
         return replace(report, warnings=(*unflushed, *report.warnings))
     except Exception as error:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from tune_sync_plugin.engine.checksum import checksum_of
 from tune_sync_plugin.engine.filters import Filter
-from tune_sync_plugin.engine.index import INDEX, Entry
+from tune_sync_plugin.engine.index import INDEX, Entry, is_ours
 from tune_sync_plugin.engine.keeper import Indexing, IndexKeeper
 from tune_sync_plugin.engine.manifest import Manifest
-from tune_sync_plugin.engine.plan import Plan, Reason, Record, make_plan
-from tune_sync_plugin.engine.pool import Limits, once
+from tune_sync_plugin.engine.plan import Plan, Reason, Record, Upload, make_plan
+from tune_sync_plugin.engine.pool import Limits, once, run
 from tune_sync_plugin.engine.scan import Scan, scan
-from tune_sync_plugin.engine.storage import Storage
+from tune_sync_plugin.engine.source import Source
+from tune_sync_plugin.engine.storage import Storage, holds
 from tune_sync_plugin.engine.transfer import Outcome, Transfer
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.report import FileFailure, SyncReport
@@ -25,6 +27,7 @@ _INDEX_EVERY_S = 10.0
 _RECORD_EVERY_S = 0.2
 
 _TAKEN = "the driver keeps a file of this name there; rename yours"
+_OURS = "the name is that of our own book-keeping in storage; rename yours"
 _SUPERSEDED = "storage has one that is newer, from where the trial went on; this one is kept back"
 
 
@@ -93,13 +96,14 @@ def sync(
     manifest = Manifest(manifest_path, storage.name)
     try:
         scanned = scan(roots, options.keep, follow_symlinks=options.follow_symlinks, labels=labels)
-        for path in [path for path in scanned.files if taken(path)]:
+        for path in [path for path in scanned.files if taken(path) or is_ours(path)]:
             del scanned.files[path]
-            scanned.failures.append((path, FileExistsError(_TAKEN)))
+            problem = FileExistsError(_OURS if is_ours(path) else _TAKEN)
+            scanned.failures.append((path, problem))
         keeper = IndexKeeper(indexing, storage, manifest, limits) if indexing else None
         plan = _plan(scanned, storage, manifest, keeper, limits)
         if options.only_missing:
-            plan = _without_existing(plan, storage, scanned)
+            plan = _without_existing(plan, storage, scanned, limits)
         transfer = Transfer(storage, manifest.run_id, scanned.started_ns, options.read_back)
         report = _Sync(storage, manifest, keeper, limits, label).carry_out(plan, scanned, transfer)
         warnings = [manifest.warning] if manifest.warning else []
@@ -124,7 +128,7 @@ def _plan(
 ) -> Plan:
     known = manifest.load()
     unrecorded: dict[str, Reason] = {}
-    if any(path not in known for path in scanned.files):
+    if any(path not in known or known[path].fingerprint.size < 0 for path in scanned.files):
         unrecorded = keeper.meet() if keeper else {}
         if manifest.damaged:
             unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
@@ -169,11 +173,16 @@ class _Sync:
         for path, problem in _clear_the_way(plan, self.storage, self.manifest):
             self._fail("removal of", path, problem)
         if plan.uploads:
+            unwritten = self.keeper.claim() if self.keeper else None
+            if unwritten:
+                self._fail("writing of the index", INDEX, unwritten)
             self._upload(plan, transfer)
         if self.keeper and (self.files or not self.failures):
             unwritten = self.keeper.keep(forced=self.keeper.indexing.forced)
             if unwritten:
                 self._fail("writing of the index", INDEX, unwritten)
+                # It may still arrive, and must not do so after a later one.
+                self.timed_out |= isinstance(unwritten, TimeoutError)
         warnings = []
         if self.aside:
             warnings.append(
@@ -238,17 +247,35 @@ class _Sync:
         self.failures.append(FileFailure(self.label, path, _kind(error), message))
 
 
-def _without_existing(plan: Plan, storage: Storage, scanned: Scan) -> Plan:
-    missing = []
-    for upload in plan.uploads:
-        path = upload.entry.path
-        try:
-            if storage.stat(path):
-                raise FileExistsError(_SUPERSEDED)
+def _without_existing(plan: Plan, storage: Storage, scanned: Scan, limits: Limits) -> Plan:
+    missing, same = [], []
+    for upload, found in run(plan.uploads, lambda u, _: _compare(u, storage), limits):
+        if found is None:
             missing.append(upload)
-        except OSError as error:
-            scanned.failures.append((path, error))
-    return replace(plan, uploads=missing, removals=[])
+        elif found is True:
+            same.append(upload.entry.fingerprint.size)
+        else:
+            error = found if isinstance(found, BaseException) else FileExistsError(_SUPERSEDED)
+            scanned.failures.append((upload.entry.path, error))
+    return replace(
+        plan,
+        uploads=missing,
+        removals=[],
+        files_unchanged=plan.files_unchanged + len(same),
+        bytes_unchanged=plan.bytes_unchanged + sum(same),
+    )
+
+
+def _compare(upload: Upload, storage: Storage) -> bool | None:
+    """Whether storage has what is here; ``None`` if it has nothing."""
+    found = storage.stat(upload.entry.path)
+    if not found:
+        return None
+    with Source(upload.entry) as source:
+        if upload.reason is Reason.UNPROVEN and source.matches(upload.checksum):
+            return True  # it was sent; what is there now is newer, and this no loss
+        checksum = checksum_of(source.chunks())
+        return holds(storage, upload.entry.path, found, source.size, checksum)
 
 
 def _clear_the_way(
