@@ -265,6 +265,8 @@ class ObjectStorage:
         return Stat(len(content), hashlib.md5(content).hexdigest())
 
     def read(self, path: str) -> Iterator[bytes]:
+        if not self._key(path).exists():
+            raise FileNotFoundError(path)
         yield self._key(path).read_bytes().partition(b"\0")[2]
 
     def files(self) -> dict[str, int]:
