@@ -26,6 +26,8 @@ FULL = {
     "follow_symlinks": True,
     "max_concurrent_transfers": 4,
     "max_syncs_per_node": 1,
+    "restore_artifacts": False,
+    "verify_content": True,
     "experiment_sync_period": 10.5,
     "strict": True,
 }
@@ -45,6 +47,8 @@ class TestDefaults:
             "follow_symlinks": False,
             "max_concurrent_transfers": 16,
             "max_syncs_per_node": 2,
+            "restore_artifacts": True,
+            "verify_content": False,
             "experiment_sync_period": None,
             "strict": False,
         }
@@ -62,7 +66,10 @@ class TestDefaults:
 
 
 SECONDS = ("sync_period", "sync_timeout", "experiment_sync_period")
-SWITCHES = ("sync_artifacts", "sync_artifacts_on_checkpoint", "follow_symlinks", "strict")
+SWITCHES = (
+    *("sync_artifacts", "sync_artifacts_on_checkpoint", "follow_symlinks", "strict"),
+    *("restore_artifacts", "verify_content"),
+)
 COUNTS = ("max_concurrent_transfers", "max_syncs_per_node")
 GLOBS = ("include", "exclude")
 

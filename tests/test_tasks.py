@@ -13,6 +13,7 @@ from ray import tune
 
 from tune_sync_plugin import tune_internals
 from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
+from tune_sync_plugin.engine.index import OUR_DIRECTORY
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT, SyncReport
 from tune_sync_plugin.runs import RunFacts
@@ -47,7 +48,8 @@ class Node:
         return _sync_one(replace(self.job, **changes), self.run, str(self.here), "node-1")
 
     def names(self) -> set[str]:
-        return {p.name for p in (self.stored / "t").glob("*")}
+        """What is stored of the trial, our own index left out."""
+        return {p.name for p in (self.stored / "t").glob("*")} - {OUR_DIRECTORY}
 
 
 @pytest.fixture

@@ -166,6 +166,7 @@ def _restore(restoring: Restoring) -> RestoreReport | None:
             tune_internals.is_drivers,
             # Where the run is ours from its start, no index means that nothing was sent.
             without_index=run.facts.resumed,
+            writer=node,
         )
         report = restore(place.to_restore(), place.storage, place.manifest, options, label=job.key)
         return replace(report, warnings=(*unflushed, *report.warnings))

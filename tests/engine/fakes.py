@@ -55,20 +55,23 @@ class Around:
 
 
 class Counting(Around):
-    """Counts what is asked of the storage, and how many writes run at the same time."""
+    """Counts what is asked of the storage, and how many writes run at the same time.
+
+    ``asked`` has every request by its kind and path; ``requests`` is their number.
+    """
 
     def __init__(self, inner: Storage) -> None:
         super().__init__(inner)
         self.writes: list[str] = []
-        self.requests = 0
+        self.asked: Counter[tuple[str, str]] = Counter()
         self.busiest = 0
         self._busy = 0
         self._lock = threading.Lock()
 
     def write(self, path: str, source: Content, run_id: str) -> None:
+        self._count("write", path)
         with self._lock:
             self.writes.append(path)
-            self.requests += 1
             self._busy += 1
             self.busiest = max(self.busiest, self._busy)
         try:
@@ -77,12 +80,43 @@ class Counting(Around):
             with self._lock:
                 self._busy -= 1
 
+    def _count(self, kind: str, path: str) -> None:
+        with self._lock:
+            self.asked[kind, path] += 1
+
+    @property
+    def requests(self) -> int:
+        return self.asked.total()
+
+    def kinds(self) -> dict[str, int]:
+        """How many requests of each kind."""
+        found: Counter[str] = Counter()
+        for (kind, _), count in self.asked.items():
+            found[kind] += count
+        return dict(found)
+
+    def stat(self, path: str) -> Stat | None:
+        self._count("stat", path)
+        return super().stat(path)
+
+    def read(self, path: str) -> Iterator[bytes]:
+        self._count("read", path)
+        return super().read(path)
+
+    def files(self) -> dict[str, int]:
+        self._count("files", "")
+        return super().files()
+
+    def copy(self, path: str, to: str) -> None:
+        self._count("copy", path)
+        super().copy(path, to)
+
     def remove(self, path: str) -> None:
-        self.requests += 1
+        self._count("remove", path)
         super().remove(path)
 
     def discard_partial(self, path: str, run_id: str) -> None:
-        self.requests += 1
+        self._count("discard_partial", path)
         super().discard_partial(path, run_id)
 
 
@@ -231,6 +265,8 @@ class ObjectStorage:
         return Stat(len(content), hashlib.md5(content).hexdigest())
 
     def read(self, path: str) -> Iterator[bytes]:
+        if not self._key(path).exists():
+            raise FileNotFoundError(path)
         yield self._key(path).read_bytes().partition(b"\0")[2]
 
     def files(self) -> dict[str, int]:

@@ -19,8 +19,8 @@ from tune_sync_plugin.engine.scan import Fingerprint
 from tune_sync_plugin.engine.storage import LocalStorage, partial_path
 
 HERE = "local:/results/trial"
-RECORD = Record(Fingerprint(3, 2**62, 5, 7))
-RACY = Record(Fingerprint(0, 1, 1, 2**62), b"\0" * 16)
+RECORD = Record(Fingerprint(3, 2**62, 5, 7), "c" * 32, root="trial_dir")
+RACY = Record(Fingerprint(0, 1, 1, 2**62), "d" * 32, racy=True)
 
 
 def opened(path: Path, destination: str = HERE) -> Manifest:
@@ -91,11 +91,24 @@ def test_interrupted_names_the_run_and_what_it_had_begun(manifest: Path) -> None
 # -- files that are no manifest ------------------------------------------------------------------
 
 
+def check_set_aside(first: Manifest, manifest: Path) -> list[Path]:
+    """What was there is kept under a name that the warning tells."""
+    aside = [
+        path
+        for path in manifest.parent.glob("*.corrupt-*")
+        if not path.name.endswith(("-wal", "-shm"))
+    ]
+    assert [path for path in aside if f"set aside as {path} " in str(first.warning)] == aside != []
+    assert first.damaged
+    return aside
+
+
 @pytest.mark.parametrize("content", [b"no database at all" * 99, b"SQLite format 3\0" + b"x" * 99])
-def test_garbage_is_replaced(manifest: Path, content: bytes) -> None:
+def test_garbage_is_set_aside(manifest: Path, content: bytes) -> None:
     fill(manifest.parent, {manifest.name: content})
     first = opened(manifest)
-    assert "was replaced" in str(first.warning)
+    (aside,) = check_set_aside(first, manifest)
+    assert aside.read_bytes() == content
     first.withdraw(["a"])
     first.record({"a": RECORD})
     first.close()
@@ -104,24 +117,24 @@ def test_garbage_is_replaced(manifest: Path, content: bytes) -> None:
     assert second.load() == {"a": RECORD}
 
 
-def test_tables_of_another_shape_are_replaced(manifest: Path) -> None:
+def test_tables_of_another_shape_are_set_aside(manifest: Path) -> None:
     manifest.parent.mkdir()
     with sqlite3.connect(manifest) as database:
         database.execute("CREATE TABLE files (path TEXT PRIMARY KEY, something TEXT)")
         database.execute("CREATE TABLE meta (other TEXT)")
     database.close()
     first = opened(manifest)
-    assert "was replaced" in str(first.warning)
+    check_set_aside(first, manifest)
     assert first.load() == {}
 
 
-def test_a_path_that_is_not_utf8_is_replaced(manifest: Path) -> None:
+def test_a_path_that_is_not_utf8_is_set_aside(manifest: Path) -> None:
     filled(manifest)
     with sqlite3.connect(manifest) as database:
         database.execute("UPDATE files SET path = CAST(x'ff00' AS TEXT) WHERE path = 'a'")
     database.close()
     first = opened(manifest)
-    assert "was replaced" in str(first.warning)
+    check_set_aside(first, manifest)
     assert first.load() == {}
 
 
@@ -154,21 +167,23 @@ def test_where_a_directory_should_be_is_a_file(root: Path, tmp_path: Path) -> No
     fill(tmp_path, {"manifests": b"a file"})
     fill(root, {"a": b"1"})
     storage = LocalStorage(str(tmp_path / "storage"))
-    for _ in range(2):
+    for uploaded in (1, 0):
         report = sync_dir(root, storage, tmp_path / "manifests" / "m.sqlite")
-        assert (report.files_uploaded, report.complete) == (1, True)
-        assert "every sync uploads everything again" in report.warnings[0]
+        assert (report.files_uploaded, report.complete) == (uploaded, True)
+        assert "every sync compares or uploads everything again" in report.warnings[0]
     assert tree(tmp_path / "storage") == {"a": b"1"}
     assert (tmp_path / "manifests").read_bytes() == b"a file"
 
 
 def test_where_the_file_should_be_is_a_directory(manifest: Path) -> None:
-    manifest.mkdir(parents=True)
+    fill(manifest, {"kept": b"1"})
     first = opened(manifest)
-    assert "can't be used" in str(first.warning)
+    (aside,) = check_set_aside(first, manifest)
+    assert tree(aside) == {"kept": b"1"}
     first.withdraw(["a"])
     first.record({"a": RECORD})
-    assert first.load() == {"a": RECORD}
+    first.close()
+    assert opened(manifest).load() == {"a": RECORD}
 
 
 def test_a_full_disk_costs_the_manifest_and_not_the_sync(root: Path, tmp_path: Path) -> None:

@@ -38,11 +38,14 @@ def decisions(result: Plan) -> list[tuple[str, Reason]]:
         pytest.param(OLD._replace(inode=8), Record(OLD), Reason.CHANGED, id="inode"),
         pytest.param(OLD, UNFINISHED, Reason.CHANGED, id="upload never ended"),
         pytest.param(OLD._replace(size=0), UNFINISHED, Reason.CHANGED, id="empty, never ended"),
-        pytest.param(OLD._replace(mtime_ns=2), Record(OLD, b"d"), Reason.CHANGED, id="racy, old"),
-        pytest.param(OLD, Record(OLD, b"d"), Reason.UNPROVEN, id="racy"),
-        pytest.param(FUTURE, Record(FUTURE), Reason.CHANGED, id="the clock was put back"),
-        pytest.param(FUTURE, Record(FUTURE, b"d"), Reason.UNPROVEN, id="racy before and now"),
+        pytest.param(
+            OLD._replace(mtime_ns=2), Record(OLD, "d", True), Reason.CHANGED, id="racy, old"
+        ),
+        pytest.param(OLD, Record(OLD, "d", True), Reason.UNPROVEN, id="racy"),
+        pytest.param(FUTURE, Record(FUTURE), Reason.UNPROVEN, id="the clock was put back"),
+        pytest.param(FUTURE, Record(FUTURE, "d", True), Reason.UNPROVEN, id="racy before and now"),
         pytest.param(OLD, Record(OLD), None, id="the same"),
+        pytest.param(OLD, Record(OLD, "d"), None, id="the same, with a checksum"),
     ],
 )
 def test_one_file(local: Fingerprint, known: Record | None, reason: Reason | None) -> None:

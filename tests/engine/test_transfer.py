@@ -14,9 +14,10 @@ import pytest
 
 from tests.engine.fakes import Around, Counting, Failing, Hanging, Meeting, tree
 from tests.engine.support import fill, sync_dir, uploads_of
-from tune_sync_plugin.engine import transfer as transfer_module
+from tune_sync_plugin.engine import pool
+from tune_sync_plugin.engine.pool import Limits
 from tune_sync_plugin.engine.storage import LocalStorage, Storage
-from tune_sync_plugin.engine.transfer import Limits, Outcome, transfer
+from tune_sync_plugin.engine.transfer import Outcome, Transfer
 from tune_sync_plugin.errors import SourceError, is_retryable
 
 FAR = 1e9
@@ -26,7 +27,7 @@ FAR = 1e9
 def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """What the engine would have slept between attempts."""
     slept: list[float] = []
-    monkeypatch.setattr(transfer_module.time, "sleep", slept.append)
+    monkeypatch.setattr(pool.time, "sleep", slept.append)
     yield slept
     monkeypatch.undo()
 
@@ -41,11 +42,11 @@ def run(
 ) -> dict[str, Outcome]:
     uploads = uploads_of(root)
     limits = limits or Limits(concurrency, time.monotonic() + 60)
-    found = list(transfer(uploads, storage, "run", time.time_ns(), limits))
+    found = list(Transfer(storage, "run", time.time_ns())(uploads, limits))
     outcomes = {outcome.upload.entry.path: outcome for outcome in found}
     assert len(found) == len(outcomes) == len(uploads), "one outcome each"
     for outcome in found:
-        assert sum(fact is not None for fact in outcome[1:]) == 1
+        assert sum(fact is not None for fact in outcome[1:5]) == 1
     return outcomes
 
 
@@ -58,7 +59,7 @@ def many(root: Path, count: int) -> Path:
 
 
 def test_nothing_to_do(there: LocalStorage) -> None:
-    assert list(transfer([], there, "run", 0, Limits(4, FAR))) == []
+    assert list(Transfer(there, "run", 0)([], Limits(4, FAR))) == []
 
 
 def test_as_many_at_once_as_allowed(root: Path, there: LocalStorage) -> None:
@@ -80,7 +81,7 @@ def test_outcomes_come_as_they_happen(root: Path, there: LocalStorage) -> None:
     """So that each can be recorded before the next one may be lost."""
     storage = Hanging(there, {"001"})
     uploads = uploads_of(many(root, 2))
-    outcomes = transfer(uploads, storage, "run", 0, Limits(2, time.monotonic() + 60))
+    outcomes = Transfer(storage, "run", 0)(uploads, Limits(2, time.monotonic() + 60))
     assert next(outcomes).upload.entry.path == "000"
     storage.release()
     assert next(outcomes).stored
@@ -197,8 +198,8 @@ def test_storage_that_refuses_everything_is_left_alone(
     storage = Failing(there, lambda path: PermissionError(13, "Access Denied"))
     outcomes = run(many(root, 100), storage, concurrency=1)
     kinds = list(failed(outcomes).values())
-    assert kinds.count(PermissionError) == transfer_module._REFUSALS
-    assert kinds.count(ConnectionError) == 100 - transfer_module._REFUSALS
+    assert kinds.count(PermissionError) == pool._REFUSALS
+    assert kinds.count(ConnectionError) == 100 - pool._REFUSALS
     message = str(outcomes["099"].error)
     assert message.startswith("not tried: storage refused 32 files")
     assert "Access Denied" in message
@@ -215,7 +216,7 @@ def test_a_total_outage_gives_up(
     root: Path, there: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = itertools.count()
-    monkeypatch.setattr(transfer_module.time, "sleep", lambda pause: None)
+    monkeypatch.setattr(pool.time, "sleep", lambda pause: None)
     storage = Failing(there, lambda path: ConnectionError("unreachable"))
     # Each look at the clock costs a second, and the deadline is for ever away.
     limits = Limits(2, FAR, clock=lambda: float(next(now)))
@@ -237,11 +238,11 @@ def test_an_outage_that_ends_in_time_costs_nothing_but_time(
         with lock:
             now[0] += pause
 
-    monkeypatch.setattr(transfer_module.time, "sleep", sleep)
+    monkeypatch.setattr(pool.time, "sleep", sleep)
 
     class Down(Around):
         def write(self, path: str, source: object, run_id: str) -> None:
-            if now[0] < transfer_module._OUTAGE_S * 0.8:
+            if now[0] < pool._OUTAGE_S * 0.8:
                 raise ConnectionError("503")
             super().write(path, source, run_id)  # type: ignore[arg-type]
 

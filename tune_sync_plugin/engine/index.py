@@ -8,6 +8,7 @@ behind the files, since it is not written with each of them, but never names one
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import md5
@@ -20,6 +21,7 @@ from tune_sync_plugin.errors import SyncError
 OUR_DIRECTORY = ".tune_sync"
 INDEX = f"{OUR_DIRECTORY}/index.json"
 _VERSION = 1
+_CHECKSUM = re.compile(r"(?:[0-9a-f]{32}(?:-[0-9]{1,9}/[1-9][0-9]{0,14})?)?")
 
 
 class Entry(NamedTuple):
@@ -38,7 +40,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """What was uploaded, by path, and who wrote that down last."""
+    """What was uploaded, by path.
+
+    ``writer`` names the disk from which all that has been uploaded since it was named; empty if
+    there may be several.
+    """
 
     entries: Mapping[str, Entry] = field(default_factory=dict)
     writer: str = ""
@@ -59,26 +65,31 @@ def parse(data: bytes) -> Index:
         facts = json.loads(head)
         if facts["version"] != _VERSION:
             raise ValueError(f"version {facts['version']} is not known here")
-        if facts["md5"] != _digest(body):
+        if facts["md5"] != _digest(facts["writer"], body):
             raise ValueError("its checksum is wrong")
-        entries = {
-            path: Entry(size, checksum, root)
-            for path, (size, checksum, root) in json.loads(body).items()
-        }
+        entries = {path: _entry(path, *facts) for path, facts in json.loads(body).items()}
         return Index(entries, facts["writer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IndexDamagedError(str(error) or type(error).__name__) from error
+
+
+def _entry(path: str, size: int | None, checksum: str, root: str) -> Entry:
+    path.encode()  # as it is JSON, it may be no text that can be stored
+    known = size is None or (type(size) is int and 0 <= size < 1 << 63)
+    if not (known and _CHECKSUM.fullmatch(checksum) and isinstance(root, str)):
+        raise ValueError(f"what it says of {path!r} makes no sense")
+    return Entry(size, checksum, root)
 
 
 def serialize(index: Index) -> bytes:
     """The bytes of an index's file: a line of facts about the rest, then the rest."""
     body = json.dumps(index.entries, ensure_ascii=False, sort_keys=True).encode()
-    facts = {"version": _VERSION, "writer": index.writer, "md5": _digest(body)}
+    facts = {"version": _VERSION, "writer": index.writer, "md5": _digest(index.writer, body)}
     return json.dumps(facts).encode() + b"\n" + body
 
 
-def _digest(body: bytes) -> str:
-    return md5(body, usedforsecurity=False).hexdigest()
+def _digest(writer: str, body: bytes) -> str:
+    return md5(writer.encode() + b"\n" + body, usedforsecurity=False).hexdigest()
 
 
 def read(storage: Storage) -> Index | None:
@@ -113,7 +124,8 @@ def read_or_rebuild(
         return read(storage)
     except IndexDamagedError as error:
         kept = f"{OUR_DIRECTORY}/index-{run_id}.corrupt.json"
-        storage.copy(INDEX, kept)
+        if not storage.stat(kept):  # an earlier try may have come so far
+            storage.copy(INDEX, kept)
         rebuilt = Index(from_listing(storage, drivers))
         write(storage, rebuilt, run_id)
         warn(
@@ -124,12 +136,23 @@ def read_or_rebuild(
 
 
 def from_listing(storage: Storage, drivers: Callable[[str], bool]) -> dict[str, Entry]:
-    """What the index would name, as far as a listing tells."""
+    """What the index would name, as far as a listing tells.
+
+    Names that are not UTF-8 are nothing that we ever send, nor can they be written down.
+    """
     return {
         path: Entry(size)
         for path, size in storage.files().items()
-        if not drivers(path) and not is_ours(path)
+        if not drivers(path) and not is_ours(path) and _is_text(path)
     }
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_ours(path: str) -> bool:

@@ -24,7 +24,8 @@ class Indexing:
     """How a sync keeps the index.
 
     Attributes:
-        writer: Names the disk that this runs on. An index that it wrote names its own files.
+        writer: Names the disk that this runs on. An index that names it as its writer tells that
+            nobody else has sent anything since, so that this disk's manifest knows best.
         shared: Whether others may have written the index since this disk last did.
         forced: Whether to write it also if only contents have changed.
         drivers: Tells, by their paths, files that are no artifacts; for a listing.
@@ -83,10 +84,20 @@ class IndexKeeper:
                 f"{type(error).__name__}: {describe(error)}"
             )
             return None
-        self.manifest.meet(found.entries if found else {})
+        self.manifest.index_read(found)
         return found
 
-    def keep(self, *, forced: bool) -> Exception | None:
+    def claim(self) -> BaseException | None:
+        """Before anything is sent: note in the index that another disk has gone on.
+
+        Otherwise the one that wrote it would believe its own records if the trial came back there,
+        however much had been sent from here. Returns what it failed with.
+        """
+        if not self._readable or self.manifest.index_writer in (None, "", self.indexing.writer):
+            return None
+        return self._write()
+
+    def keep(self, *, forced: bool) -> BaseException | None:
         """Write the index if it is due; returns what that failed with."""
         manifest = self.manifest
         if self.indexing.also:
@@ -100,6 +111,13 @@ class IndexKeeper:
         new = manifest.index_entries(only_new=True)
         if _digest(entries) == manifest.indexed_paths and not (forced and new):
             return None
+        return self._write()
+
+    def _write(self) -> BaseException | None:
+        manifest = self.manifest
+        entries = {**manifest.foreigners(), **manifest.index_entries()}
+        new = manifest.index_entries(only_new=True)
+        writer = "" if self.indexing.shared else self.indexing.writer
         if self.indexing.shared or not manifest.knows_index:
             # Others know better what they sent; we know better what we have sent since.
             theirs = self._read()
@@ -108,11 +126,12 @@ class IndexKeeper:
             entries = {**manifest.foreigners(), **entries, **(theirs.entries if theirs else {})}
             entries |= new
         try:
-            index = Index(entries, self.indexing.writer)
+            index = Index(entries, writer)
             once(lambda: indexes.write(self.storage, index, manifest.run_id), self.limits)
-        except Exception as error:
+        except BaseException as error:
             return error
-        manifest.index_written(_digest({**manifest.foreigners(), **manifest.index_entries()}))
+        paths = _digest({**manifest.foreigners(), **manifest.index_entries()})
+        manifest.index_written(paths, writer)
         return None
 
 

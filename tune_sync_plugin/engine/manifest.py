@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 
-from tune_sync_plugin.engine.index import Entry
+from tune_sync_plugin.engine.index import Entry, Index
 from tune_sync_plugin.engine.plan import Record
 from tune_sync_plugin.engine.scan import Fingerprint
 
@@ -212,13 +212,23 @@ class Manifest:
         """Whether the index in storage has been read since this manifest was made."""
         return self._meta("index_read") is not None
 
-    def meet(self, entries: Mapping[str, Entry]) -> None:
-        """Take in the index: what it names and we did not send came from elsewhere."""
+    @property
+    def index_writer(self) -> str | None:
+        """Whom the index in storage named as its writer when it was last seen."""
+        return self._meta("index_writer")
+
+    def index_read(self, index: Index | None) -> None:
+        """Take in the index in storage, or that there is none."""
         with self._transaction() as db:
-            db.executemany(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-                [("destination", self._destination), ("index_read", "1")],
-            )
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('index_read', '1')")
+            if index:
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('index_writer', ?)", [index.writer])
+        self.meet(index.entries if index else {})
+
+    def meet(self, entries: Mapping[str, Entry]) -> None:
+        """Storage holds these: what of them we did not send came from elsewhere."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('destination', ?)", [self._destination])
             ours = {path for (path,) in db.execute("SELECT path FROM files")}
             self._add_foreigners(db, {p: e for p, e in entries.items() if p not in ours})
 
@@ -274,11 +284,14 @@ class Manifest:
         """What :meth:`index_written` was given last."""
         return self._meta("indexed_paths")
 
-    def index_written(self, paths: str) -> None:
+    def index_written(self, paths: str, writer: str) -> None:
         """The index in storage has all of this; ``paths`` stands for the set of its paths."""
         with self._transaction() as db:
             db.execute("UPDATE files SET indexed = 1 WHERE NOT indexed")
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('indexed_paths', ?)", [paths])
+            db.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                [("indexed_paths", paths), ("index_writer", writer)],
+            )
             db.execute("DELETE FROM meta WHERE key = 'unindexed'")
 
     def close(self) -> None:

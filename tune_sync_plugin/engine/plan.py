@@ -70,7 +70,8 @@ def make_plan(
     | local file                         | storage (by the manifest)  | do                    |
     |------------------------------------|----------------------------|-----------------------|
     | any                                | nothing                    | upload (NEW)          |
-    | any                                | one without a record       | as ``unrecorded`` says|
+    | any                                | one without a record, or   | as ``unrecorded`` says|
+    |                                    | only of a cut-off upload   |                       |
     | same inode, larger                 | the smaller one            | upload (APPENDED)     |
     | any other difference               | something                  | upload (CHANGED)      |
     | same fingerprint, but a racy one   | it                         | compare (UNPROVEN)    |
@@ -89,7 +90,8 @@ def make_plan(
     for path, entry in files.items():
         record = known.get(path)
         new = entry.fingerprint
-        if record is None:
+        # An upload that was cut off may not have got as far as to look what was there.
+        if record is None or (record.fingerprint.size < 0 and path in unrecorded):
             uploads.append(Upload(entry, unrecorded.get(path, Reason.NEW)))
         elif new != record.fingerprint:
             old = record.fingerprint

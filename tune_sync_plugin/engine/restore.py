@@ -1,7 +1,7 @@
 """Brings a trial's artifacts back from storage to a directory that lacks them.
 
-The rules: what is there already stays (unless it is exactly what was sent from here before the
-trial went on elsewhere); nothing is written outside the directory; a file appears whole, checked
+The rules: what is there already stays (unless it is exactly what was sent from here, and the trial
+went on with it elsewhere); nothing is written outside the directory; a file appears whole, checked
 against the index or the storage's own word, or not at all; and nothing appears any more once the
 time is up and training has begun.
 """
@@ -9,40 +9,34 @@ time is up and training has begun.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
-import posixpath
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import NamedTuple
 
 from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine.checksum import Checksum, checksum_of, etag_matches
-from tune_sync_plugin.engine.index import Entry
+from tune_sync_plugin.engine.index import Entry, Index
 from tune_sync_plugin.engine.manifest import Manifest
 from tune_sync_plugin.engine.plan import Record
 from tune_sync_plugin.engine.pool import Health, Limits, once, run
 from tune_sync_plugin.engine.scan import Fingerprint
 from tune_sync_plugin.engine.storage import Storage
+from tune_sync_plugin.engine.verdict import Verdict, judge
 from tune_sync_plugin.errors import SourceError, describe
 from tune_sync_plugin.report import FileFailure, RestoreReport
 
 
-class Verdict(Enum):
-    """What to do about one stored file, and why."""
-
-    MISSING = "it is not here: bring it back"
-    OUTDATED = "what is here was sent to storage, and somebody else went on with it: replace it"
-    KEPT = "what is here is what storage has, or what was written on top of it"
-    LOCAL = "what is here is not from there: it stays, and so does what storage has"
-    REFUSED = "it would be written outside the directory"
-
-
 class LocalFileError(SourceError):
     """A file can't be written here; trying again would not help."""
+
+
+class NotStoredError(SourceError):
+    """The index names a file that storage does not have; trying again would not help."""
 
 
 @dataclass(frozen=True)
@@ -56,37 +50,14 @@ class RestoreOptions:
             there is no index that could.
         without_index: Whether to bring back all that is listed and is an artifact by its name, if
             there is no index.
+        writer: Names the disk that this runs on, as :class:`.keeper.Indexing` does.
     """
 
     concurrency: int = 16
     timeout_s: float = 1800.0
     drivers: Callable[[str], bool] = lambda path: False
     without_index: bool = True
-
-
-def judge(path: str, entry: Entry, root: str, record: Record | None) -> Verdict:
-    """Decide about one stored file, by what is in ``root`` now and what was sent from here."""
-    if not is_inside(root, path):
-        return Verdict.REFUSED
-    try:
-        local = Fingerprint.of(os.lstat(os.path.join(root, path)))
-    except (FileNotFoundError, NotADirectoryError):
-        return Verdict.MISSING
-    if record is None:
-        return Verdict.LOCAL
-    if not entry.checksum or entry.checksum == record.checksum:
-        return Verdict.KEPT
-    return Verdict.OUTDATED if local == record.fingerprint else Verdict.LOCAL
-
-
-def is_inside(root: str, path: str) -> bool:
-    """Whether ``path``, taken literally or through the links in ``root``, stays below it."""
-    parts = path.split("/")
-    if "\0" in path or not all(parts) or {".", ".."} & set(parts) or indexes.is_ours(path):
-        return False
-    parent = os.path.realpath(os.path.join(root, posixpath.dirname(path)))
-    root = os.path.realpath(root)
-    return parent == root or parent.startswith(root + os.sep)
+    writer: str = ""
 
 
 def restore(
@@ -137,16 +108,20 @@ def restore(
                 ),
                 limits,
             )
-            entries = dict(found.entries) if found else {}
+            index = found or Index()
             if not found and options.without_index:
-                entries = once(lambda: indexes.from_listing(storage, options.drivers), limits)
+                index = Index(once(lambda: indexes.from_listing(storage, options.drivers), limits))
         except BaseException as error:
             message = f"reading the index of {storage.name} failed: {describe(error)}"
             failure = FileFailure(label, "", type(error).__name__, message)
             return RestoreReport(failures=(failure,), duration_s=clock() - started)
+        nobody_else = found is not None and found.writer == options.writer
         # On the disk where the directories are, so that a finished file only has to be linked.
-        staging = os.path.join(os.path.dirname(manifest_path), f"restoring-{manifest.run_id}")
-        report = _Restorer(roots, storage, manifest, limits, label, staging).bring_back(entries)
+        staging = f"{manifest_path}.restoring-{manifest.run_id}"
+        for left in glob.glob(f"{glob.escape(manifest_path)}.restoring-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a restore that was killed
+        restorer = _Restorer(roots, storage, manifest, limits, label, staging)
+        report = restorer.bring_back(index, nobody_else=nobody_else)
         return replace(
             report,
             from_index=found is not None,
@@ -160,7 +135,7 @@ def restore(
 class _Fetch(NamedTuple):
     path: str
     entry: Entry
-    verdict: Verdict
+    record: Record | None  # what was sent from here, if anything was
 
 
 @dataclass
@@ -177,24 +152,30 @@ class _Restorer:
     def _root(self, entry: Entry) -> str:
         return self.roots.get(entry.root, self.roots[""])
 
-    def bring_back(self, entries: Mapping[str, Entry]) -> RestoreReport:
+    def bring_back(self, index: Index, *, nobody_else: bool) -> RestoreReport:
         known = self.manifest.load()
         failures: list[FileFailure] = []
         fetches: list[_Fetch] = []
         foreign: dict[str, Entry] = {}
-        kept = 0
-        for path, entry in entries.items():
-            verdict = judge(path, entry, self._root(entry), known.get(path))
+        kept = local = 0
+        for path, entry in index.entries.items():
+            fetch = _Fetch(path, entry, known.get(path))
+            try:
+                verdict = judge(path, self._root(entry), fetch.record, nobody_else=nobody_else)
+            except OSError as error:
+                foreign[path] = entry
+                failures.append(self._failure(fetch, error))
+                continue
             if verdict is Verdict.REFUSED:
                 message = f"{self.storage.name} names {path!r}, which is no place in a directory"
                 failures.append(FileFailure(self.label, path, "ValueError", message))
             elif verdict is Verdict.LOCAL:
-                foreign[path] = entry
+                local, foreign[path] = local + 1, entry
             elif verdict is Verdict.KEPT:
                 kept += 1
             else:
-                fetches.append(_Fetch(path, entry, verdict))
-        local = len(foreign)
+                sent = verdict is Verdict.SENT
+                fetches.append(fetch if sent else fetch._replace(record=None))
         # Small ones first: most of them are back, whatever happens to the rest.
         fetches.sort(key=lambda fetch: (fetch.entry.size or 0, fetch.path))
 
@@ -205,9 +186,11 @@ class _Restorer:
                 if isinstance(result, Record):
                     records[fetch.path] = result
                     count, size = count + 1, size + result.fingerprint.size
-                elif result is None:
+                elif result is Verdict.KEPT:
+                    kept += 1
+                elif result is Verdict.LOCAL:
                     local, foreign[fetch.path] = local + 1, fetch.entry
-                else:
+                elif isinstance(result, BaseException):
                     foreign[fetch.path] = fetch.entry
                     failures.append(self._failure(fetch, result))
         finally:
@@ -216,21 +199,33 @@ class _Restorer:
             shutil.rmtree(self.staging, ignore_errors=True)
         self.manifest.disown(foreign)
         self.manifest.record(records)
-        self.manifest.meet(entries)
+        self.manifest.index_read(index)
         return RestoreReport(count, size, kept, local, tuple(failures))
 
     def _failure(self, fetch: _Fetch, error: BaseException) -> FileFailure:
         message = f"restoring {self.storage.name}/{fetch.path} failed: {describe(error)}"
         return FileFailure(self.label, fetch.path, type(error).__name__, message)
 
-    def _fetch(self, fetch: _Fetch, health: Health) -> Record | None:
-        """Bring one file back; ``None`` if one has appeared in its place meanwhile."""
+    def _fetch(self, fetch: _Fetch, health: Health) -> Record | Verdict:
+        """Bring one file back, unless what is here turns out to be it, or not to be replaced."""
         staged = os.path.join(self.staging, f"{threading.get_ident()}")
+        record = fetch.record
+        if self._over:
+            raise TimeoutError("given up")
+        if record:
+            found = self.storage.stat(fetch.path)
+            health.succeeded()
+            if found is None:
+                return Verdict.LOCAL
+            if found.size == record.fingerprint.size and etag_matches(record.checksum, found.etag):
+                return Verdict.KEPT
         try:
             with _locally(self.staging):
                 os.makedirs(self.staging, exist_ok=True)
             checksum = self._download(fetch, staged)
             health.succeeded()
+            if record and self._equals(staged, checksum, record.checksum):
+                return Verdict.KEPT
             return self._publish(fetch, staged, checksum)
         finally:
             with contextlib.suppress(OSError):
@@ -242,7 +237,7 @@ class _Restorer:
         with _locally(staged):
             out = open(staged, "wb", buffering=0)  # noqa: SIM115 - closed below
         with out:
-            for chunk in self.storage.read(path):
+            for chunk in self._read(path):
                 if self._over:
                     raise TimeoutError("given up")
                 checksum.update(chunk)
@@ -257,12 +252,20 @@ class _Restorer:
         # Newer than the index, which is not written with every upload: let storage vouch for it.
         stat = self.storage.stat(path)
         right = stat is not None and stat.size == size
-        if stat and right and etag_matches(text, stat.etag) is False:
-            # An encrypted object's ETag is no checksum; but the same bytes twice are no accident.
-            right = checksum_of(self.storage.read(path)) == text
+        vouched = etag_matches(text, stat.etag) if stat else None
+        if right and (vouched is False or (vouched is None and entry.checksum)):
+            # Something contradicts: an encrypted object's ETag is no checksum, and the index may
+            # lag. But the same bytes twice are no accident.
+            right = checksum_of(self._read(path)) == text
         if not right:
             raise OSError(f"{size} bytes arrived, which are not what storage says it has")
         return text
+
+    def _read(self, path: str) -> Iterator[bytes]:
+        try:
+            yield from self.storage.read(path)
+        except FileNotFoundError as error:
+            raise NotStoredError("the index names it, but storage does not have it") from error
 
     @staticmethod
     def _equals(staged: str, text: str, wanted: str) -> bool:
@@ -271,7 +274,7 @@ class _Restorer:
         with open(staged, "rb") as file:  # the index was written with parts of another size
             return checksum_of(iter(lambda: file.read(1 << 20), b""), like=wanted) == wanted
 
-    def _publish(self, fetch: _Fetch, staged: str, checksum: str) -> Record | None:
+    def _publish(self, fetch: _Fetch, staged: str, checksum: str) -> Record | Verdict:
         root = self._root(fetch.entry)
         target = os.path.join(root, fetch.path)
         with self._lock:
@@ -280,12 +283,14 @@ class _Restorer:
             with _locally(target):
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 try:
-                    if fetch.verdict is Verdict.OUTDATED:
+                    if fetch.record is None:
+                        _link(staged, target)
+                    elif Fingerprint.of(os.stat(target)) == fetch.record.fingerprint:
                         os.replace(staged, target)
                     else:
-                        _link(staged, target)
+                        return Verdict.LOCAL
                 except FileExistsError:
-                    return None
+                    return Verdict.LOCAL
             # Always racy: whoever opens it next may write to it within the same clock tick.
             facts = Fingerprint.of(os.stat(target))
         return Record(facts, checksum, racy=True, root=fetch.entry.root)

@@ -67,7 +67,7 @@ class Scan:
 
     files: dict[str, FileEntry] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
-    failures: list[tuple[str, OSError]] = field(default_factory=list)
+    failures: list[tuple[str, BaseException]] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
     started_ns: int = field(default_factory=time.time_ns)
 

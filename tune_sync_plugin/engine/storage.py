@@ -12,9 +12,11 @@ import os
 import posixpath
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
 from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
 
 
@@ -133,6 +135,16 @@ def is_partial(path: str) -> bool:
     return name.startswith(".tune_sync-") and name.endswith(".part")
 
 
+def holds(storage: Storage, path: str, found: Stat, size: int, checksum: str) -> bool:
+    """Whether the file that ``found`` is about has this content; reads it if need be."""
+    if found.size != size:
+        return False
+    # One that differs may be that of an encrypted object.
+    if etag_matches(checksum, found.etag):
+        return True
+    return checksum_of(storage.read(path), like=checksum) == checksum
+
+
 class LocalStorage:
     """A directory of this machine: its disk, NFS, any mount."""
 
@@ -166,7 +178,8 @@ class LocalStorage:
 
     def stat(self, path: str) -> Stat | None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return Stat(os.stat(os.path.join(self._root, path)).st_size)
+            status = os.stat(os.path.join(self._root, path))
+            return Stat(status.st_size) if stat.S_ISREG(status.st_mode) else None
         return None
 
     def read(self, path: str) -> Iterator[bytes]:

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from tune_sync_plugin.engine.checksum import checksum_of
 from tune_sync_plugin.engine.filters import Filter
-from tune_sync_plugin.engine.index import INDEX, Entry
+from tune_sync_plugin.engine.index import INDEX, Entry, is_ours
 from tune_sync_plugin.engine.keeper import Indexing, IndexKeeper
 from tune_sync_plugin.engine.manifest import Manifest
-from tune_sync_plugin.engine.plan import Plan, Reason, Record, make_plan
-from tune_sync_plugin.engine.pool import Limits, once
+from tune_sync_plugin.engine.plan import Plan, Reason, Record, Upload, make_plan
+from tune_sync_plugin.engine.pool import Limits, once, run
 from tune_sync_plugin.engine.scan import Scan, scan
-from tune_sync_plugin.engine.storage import Storage
+from tune_sync_plugin.engine.source import Source
+from tune_sync_plugin.engine.storage import Storage, holds
 from tune_sync_plugin.engine.transfer import Outcome, Transfer
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.report import FileFailure, SyncReport
@@ -26,6 +28,7 @@ _INDEX_EVERY_S = 10.0
 _RECORD_EVERY_S = 0.2
 
 _TAKEN = "the driver keeps a file of this name there; rename yours"
+_OURS = "the name is that of our own book-keeping in storage; rename yours"
 _SUPERSEDED = "storage has one that is newer, from where the trial went on; this one is kept back"
 
 
@@ -92,9 +95,10 @@ def sync(
     started = clock()
     limits = Limits(options.concurrency, started + options.timeout_s, clock)
     scanned = scan(roots, options.keep, follow_symlinks=options.follow_symlinks, labels=labels)
-    for path in [path for path in scanned.files if taken(path)]:
+    for path in [path for path in scanned.files if taken(path) or is_ours(path)]:
         del scanned.files[path]
-        scanned.failures.append((path, FileExistsError(_TAKEN)))
+        problem = FileExistsError(_OURS if is_ours(path) else _TAKEN)
+        scanned.failures.append((path, problem))
     also = indexing.also if indexing else {}
     if scanned.is_empty and not also and not os.path.exists(manifest_path):
         # No manifest: its being there says that files of this have been here.
@@ -104,7 +108,7 @@ def sync(
         keeper = IndexKeeper(indexing, storage, manifest, limits) if indexing else None
         plan = _plan(scanned, storage, manifest, keeper, limits)
         if options.only_missing:
-            plan = _without_existing(plan, storage, scanned)
+            plan = _without_existing(plan, storage, scanned, limits)
         transfer = Transfer(storage, manifest.run_id, scanned.started_ns, options.read_back)
         report = _Sync(storage, manifest, keeper, limits, label).carry_out(plan, scanned, transfer)
         warnings = [manifest.warning] if manifest.warning else []
@@ -129,7 +133,7 @@ def _plan(
 ) -> Plan:
     known = manifest.load()
     unrecorded: dict[str, Reason] = {}
-    if any(path not in known for path in scanned.files):
+    if any(path not in known or known[path].fingerprint.size < 0 for path in scanned.files):
         unrecorded = keeper.meet() if keeper else {}
         if manifest.damaged:
             unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
@@ -180,11 +184,16 @@ class _Sync:
         for path, problem in _clear_the_way(plan, self.storage, self.manifest):
             self._fail("removal of", path, problem)
         if plan.uploads:
+            unwritten = self.keeper.claim() if self.keeper else None
+            if unwritten:
+                self._fail("writing of the index", INDEX, unwritten)
             self._upload(plan, transfer)
         if self.keeper and (self.files or not self.failures):
             unwritten = self.keeper.keep(forced=self.keeper.indexing.forced)
             if unwritten:
                 self._fail("writing of the index", INDEX, unwritten)
+                # It may still arrive, and must not do so after a later one.
+                self.timed_out |= isinstance(unwritten, TimeoutError)
         files_stored, bytes_stored = self.manifest.stored()
         warnings = []
         if self.aside:
@@ -252,17 +261,35 @@ class _Sync:
         self.failures.append(FileFailure(self.label, path, _kind(error), message))
 
 
-def _without_existing(plan: Plan, storage: Storage, scanned: Scan) -> Plan:
-    missing = []
-    for upload in plan.uploads:
-        path = upload.entry.path
-        try:
-            if storage.stat(path):
-                raise FileExistsError(_SUPERSEDED)
+def _without_existing(plan: Plan, storage: Storage, scanned: Scan, limits: Limits) -> Plan:
+    missing, same = [], []
+    for upload, found in run(plan.uploads, lambda u, _: _compare(u, storage), limits):
+        if found is None:
             missing.append(upload)
-        except OSError as error:
-            scanned.failures.append((path, error))
-    return replace(plan, uploads=missing, removals=[])
+        elif found is True:
+            same.append(upload.entry.fingerprint.size)
+        else:
+            error = found if isinstance(found, BaseException) else FileExistsError(_SUPERSEDED)
+            scanned.failures.append((upload.entry.path, error))
+    return replace(
+        plan,
+        uploads=missing,
+        removals=[],
+        files_unchanged=plan.files_unchanged + len(same),
+        bytes_unchanged=plan.bytes_unchanged + sum(same),
+    )
+
+
+def _compare(upload: Upload, storage: Storage) -> bool | None:
+    """Whether storage has what is here; ``None`` if it has nothing."""
+    found = storage.stat(upload.entry.path)
+    if not found:
+        return None
+    with Source(upload.entry) as source:
+        if upload.reason is Reason.UNPROVEN and source.matches(upload.checksum):
+            return True  # it was sent; what is there now is newer, and this no loss
+        checksum = checksum_of(source.chunks())
+        return holds(storage, upload.entry.path, found, source.size, checksum)
 
 
 def _clear_the_way(

@@ -16,7 +16,7 @@ from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
 from tune_sync_plugin.engine.plan import Reason, Record, Upload
 from tune_sync_plugin.engine.pool import Health, Limits, run
 from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import Stat, Storage
+from tune_sync_plugin.engine.storage import Stat, Storage, holds
 from tune_sync_plugin.errors import SourceChangedError
 
 
@@ -55,6 +55,8 @@ class Transfer:
     # may write but not read.
     _etags_tell: bool = field(default=True, init=False)
     unchecked: str | None = field(default=None, init=False)
+    # By path, since a later try finds our own file where somebody else's was.
+    _aside: dict[str, tuple[str, Stat]] = field(default_factory=dict, init=False)
 
     def __call__(self, uploads: Sequence[Upload], limits: Limits) -> Iterator[Outcome]:
         """Yields each upload's outcome, in the order in which they end.
@@ -71,25 +73,25 @@ class Transfer:
 
     def _upload(self, upload: Upload, health: Health) -> Outcome:
         path, root = upload.entry.path, upload.entry.root
-        set_aside = None
         with Source(upload.entry) as source:
             racy = source.fingerprint.is_racy(self.scanned_ns)
             if upload.reason is Reason.UNPROVEN and source.matches(upload.checksum):
                 same = Record(source.fingerprint, upload.checksum, racy, root)
                 return Outcome(upload, same=same)
             may_be_there = upload.reason in (Reason.FOREIGN, Reason.UNRECORDED)
+            may_be_there = may_be_there and path not in self._aside
             if may_be_there and (theirs := self.storage.stat(path)):
                 checksum = checksum_of(source.chunks())
-                if self._holds(path, theirs, source.size, checksum):
+                if holds(self.storage, path, theirs, source.size, checksum):
                     health.succeeded()
                     return Outcome(upload, same=Record(source.fingerprint, checksum, racy, root))
                 if upload.reason is Reason.FOREIGN:
-                    set_aside = (self._set_aside(path, theirs), theirs)
+                    self._aside[path] = (self._set_aside(path, theirs), theirs)
             self.storage.write(path, source, self.run_id)
             self._check(path, source)
             stored = Record(source.fingerprint, source.checksum, racy, root)
         health.succeeded()
-        return Outcome(upload, stored=stored, set_aside=set_aside)
+        return Outcome(upload, stored=stored, set_aside=self._aside.get(path))
 
     def _set_aside(self, path: str, theirs: Stat) -> str:
         for number in itertools.count(1):
@@ -101,7 +103,7 @@ class Transfer:
             if found.size == theirs.size:
                 # Perhaps this very one: an earlier try may have come so far and then failed.
                 checksum = checksum_of(self.storage.read(path))
-                if self._holds(name, found, theirs.size, checksum):
+                if holds(self.storage, name, found, theirs.size, checksum):
                     return name
         raise AssertionError  # not reached
 
@@ -122,11 +124,3 @@ class Transfer:
         if checksum_of(self.storage.read(path), like=source.checksum) != source.checksum:
             raise OSError("storage holds other bytes than were sent")
         self._etags_tell = self._etags_tell and verdict is None
-
-    def _holds(self, path: str, found: Stat, size: int, checksum: str) -> bool:
-        """Whether what storage has is this; reads it if nothing else can tell."""
-        if found.size != size:
-            return False
-        if self._etags_tell and etag_matches(checksum, found.etag):
-            return True
-        return checksum_of(self.storage.read(path), like=checksum) == checksum
