@@ -53,22 +53,16 @@ class TestTrialReport:
         assert (trial.syncs, trial.files_uploaded) == (2, 3)
         assert (trial.bytes_uploaded, trial.bytes_unchanged) == (250, 200)
 
-    def test_files_are_those_of_the_last_sync(self) -> None:
+    def test_of_several_nodes_the_one_that_knows_most_counts(self) -> None:
         trial = TrialReport()
-        trial.add("A", SyncReport(2, 200, 0, 0))
-        trial.add("A", SyncReport(1, 50, 2, 200))
-        assert trial.files == 3
-
-    def test_files_of_several_nodes_add_up(self) -> None:
-        trial = TrialReport()
-        trial.add("A", SyncReport(files_uploaded=2))
-        trial.add("B", SyncReport(files_uploaded=3))
-        trial.add("A", SyncReport(files_unchanged=2))
-        assert trial.files == 5
+        trial.add("A", SyncReport(files_stored=2, bytes_stored=20))
+        trial.add("B", SyncReport(files_stored=5, bytes_stored=50))
+        trial.add("A", SyncReport(files_stored=2, bytes_stored=20))
+        assert (trial.files, trial.bytes) == (5, 50)
 
     def test_a_sync_that_did_not_get_to_work_says_nothing_about_files(self) -> None:
         trial = TrialReport()
-        trial.add("A", SyncReport(files_uploaded=2))
+        trial.add("A", SyncReport(files_stored=2))
         trial.add("A", SyncReport(failures=(LATE,)))
         assert trial.files == 2
 
@@ -101,9 +95,9 @@ class TestExperimentReport:
 
     def test_sums_are_over_trials_and_the_experiment(self) -> None:
         report = ExperimentReport()
-        report.add(EXPERIMENT, "A", SyncReport(1, 10, 2, 20, deferred=(CHANGED,)))
-        report.add("t1", "A", SyncReport(3, 300, 4, 400, failures=(DENIED,)))
-        report.add("t2", "B", SyncReport(5, 5000, 0, 0))
+        report.add(EXPERIMENT, "A", SyncReport(1, 10, 2, 20, deferred=(CHANGED,), files_stored=3))
+        report.add("t1", "A", SyncReport(3, 300, 4, 400, failures=(DENIED,), files_stored=7))
+        report.add("t2", "B", SyncReport(5, 5000, 0, 0, files_stored=5))
         assert list(report.trials) == ["t1", "t2"]
         assert report.files == 15
         assert report.bytes_uploaded == 5310

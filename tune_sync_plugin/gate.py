@@ -38,8 +38,8 @@ class Gates:
 
     Example:
         >>> gates = Gates()  # doctest: +SKIP
-        >>> promise = gates.promise()
-        >>> gates.open(promise)
+        >>> promise = gates.promise()  # doctest: +SKIP
+        >>> gates.open(promise)  # doctest: +SKIP
     """
 
     def __init__(self) -> None:

@@ -80,6 +80,7 @@ def _claim(place: Directories, run: Run) -> str | None:
         warning = runs.claim(place.storage, run.facts)
     except Exception:
         return None  # the sync meets the same obstacle, and reports it; the next one tries again
+    os.makedirs(os.path.dirname(place.claimed), exist_ok=True)
     with open(place.claimed, "w"):
         return warning
 
