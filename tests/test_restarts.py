@@ -5,147 +5,40 @@ Real nodes with disks of their own, real storage. A trial is moved by taking its
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
-from ray import tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tests.support.cluster import LocalCluster
-from tests.support.scenarios import Link
-from tune_sync_plugin import SyncCallback, SyncConfig
-
-pytestmark = pytest.mark.usefixtures("cluster")
-
-# Of the two CPUs of a node: a trial that fails leaves room for the blocker, and then none is left
-# for the trial.
-TRIAL_CPUS, BLOCKER_CPUS = 1.5, 0.6
-
-
-@ray.remote(num_cpus=BLOCKER_CPUS)
-class _Blocker:
-    def ping(self) -> None:
-        pass
-
-
-def move_away_when_this_ends() -> None:
-    """Let the trial that calls this go on elsewhere than on this node."""
-    node = ray.get_runtime_context().get_node_id()
-    _Blocker.options(
-        name=f"blocker-{node[:8]}",
-        namespace="blockers",
-        lifetime="detached",
-        get_if_exists=True,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    ).remote()
+from tests.support.restarts import Place, fit, found_at, lines, remove_blockers
 
 
 @pytest.fixture(autouse=True)
 def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
     yield
-    for node in cluster.node_ids:
-        try:
-            ray.kill(ray.get_actor(f"blocker-{node[:8]}", namespace="blockers"))
-        except ValueError:
-            continue
-
-
-def train(config: dict[str, Any]) -> None:
-    """Appends a line to a log and checkpoints, ten times; fails when asked, each time elsewhere."""
-    start = 0
-    if checkpoint := tune.get_checkpoint():
-        with checkpoint.as_directory() as directory:
-            start = int(Path(directory, "step").read_text()) + 1
-    node = ray.get_runtime_context().get_node_id()[:8]
-    seen = Path("log.txt").read_text() if Path("log.txt").exists() else ""
-    Path(f"attempt_at_{start}.txt").write_text(f"{node}\n{seen}")
-    trial_dir = Path(tune.get_context().get_trial_dir())
-    for step in range(start, 10):
-        for log in (Path("log.txt"), trial_dir / "log2.txt"):
-            with log.open("a") as out:
-                out.write(f"{step}\n")
-        with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "step").write_text(str(step))
-            tune.report({"step": step}, checkpoint=tune.Checkpoint.from_directory(directory))
-        if step in config["fails_after"] and step >= start:
-            if step == config["fails_after"][0]:
-                move_away_when_this_ends()
-            if not Path(f"failed_after_{step}").exists():
-                Path(f"failed_after_{step}").touch()
-                time.sleep(0.5)
-                raise RuntimeError(f"as asked, after {step}")
-
-
-def fit(
-    storage_path: str, *, trainable: Any = train, space: dict[str, Any], **settings: Any
-) -> tuple[Any, SyncCallback]:
-    callback = SyncCallback()
-    sync_config = {"sync_artifacts": True, "sync_period": 300, **settings}
-    results = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
-        param_space=space,
-        run_config=tune.RunConfig(
-            name="exp",
-            storage_path=storage_path,
-            sync_config=SyncConfig(**sync_config),
-            failure_config=tune.FailureConfig(max_failures=2),
-            callbacks=[callback],
-            verbose=0,
-        ),
-    ).fit()
-    return results, callback
-
-
-@pytest.fixture(params=["shared directory", "S3"])
-def place(request: pytest.FixtureRequest) -> tuple[str, Callable[[str], bytes]]:
-    """A storage path, and how to read a stored file by its name."""
-    if request.param == "S3":
-        link: Link = request.getfixturevalue("link")
-        prefix = link.prefix()
-
-        def of_s3(name: str) -> bytes:
-            (key,) = (k for k in link.s3.keys(prefix) if k.endswith(f"/{name}"))
-            return link.s3.get(key)
-
-        return link.s3.uri(prefix, port=link.proxy.port), of_s3
-    storage: Path = request.getfixturevalue("storage")
-
-    def of_directory(name: str) -> bytes:
-        (path,) = (p for p in storage.glob(f"exp/*/{name}"))
-        return path.read_bytes()
-
-    return str(storage), of_directory
+    remove_blockers(cluster)
 
 
 @pytest.mark.parametrize("on_checkpoint", [True, False])
 def test_a_log_goes_on_on_another_node(
-    place: tuple[str, Callable[[str], bytes]], on_checkpoint: bool, figure: Callable[..., None]
+    place: Place, on_checkpoint: bool, figure: Callable[..., None]
 ) -> None:
     """Without syncs at checkpoints only the flush before the move can have brought the lines."""
-    storage_path, read = place
     results, callback = fit(
-        storage_path,
-        space={"fails_after": [4, 7]},
-        sync_artifacts_on_checkpoint=on_checkpoint,
+        place, space={"fails_after": [4, 7]}, sync_artifacts_on_checkpoint=on_checkpoint
     )
     assert not results.errors
-    everything = "".join(f"{step}\n" for step in range(10)).encode()
-    assert read("log.txt") == everything
-    assert read("log2.txt") == everything
-    first, second = (read(f"attempt_at_{n}.txt").decode().split("\n", 1) for n in (0, 5))
+    assert place.read("log.txt") == lines(10)
+    assert place.read("log2.txt") == lines(10)
+    first, second = found_at(place, 0), found_at(place, 5)
     assert first[0] != second[0], "it went on on another node"
-    assert second[1] == "0\n1\n2\n3\n4\n", "and found what it had written"
+    assert second[2] == lines(5).decode(), "and found what it had written"
     (trial,) = callback.report.trials.values()
     assert not callback.report.failures
     assert trial.restored[0].files_restored == 4
     assert trial.restored[0].from_index
     figure(
-        f"trial raises twice, moves, on_checkpoint={on_checkpoint}, {storage_path[:2]}",
-        written=2 * len(everything),
-        stored=len(read("log.txt") + read("log2.txt")),
+        f"trial raises twice, moves, on_checkpoint={on_checkpoint}, {place.kind}",
+        written=2 * len(lines(10)),
+        stored=len(place.read("log.txt") + place.read("log2.txt")),
     )
