@@ -11,6 +11,7 @@ import pytest
 from tests.support import s3_server
 from tests.support.cluster import LocalCluster
 from tests.support.proxy import Proxy
+from tests.support.restarts import Place
 from tests.support.s3_server import S3Server
 from tests.support.scenarios import Link
 
@@ -48,6 +49,14 @@ def storage(tmp_path: Path) -> Path:
     path = tmp_path / "storage"
     path.mkdir()
     return path
+
+
+@pytest.fixture(params=["directory", "S3"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Where an experiment goes, twice: a directory that all nodes share, and S3 by the proxy."""
+    if request.param == "S3":
+        return Place.on_s3(request.getfixturevalue("link"))
+    return Place.in_directory(request.getfixturevalue("storage"))
 
 
 _FIGURES = pytest.StashKey[list[str]]()

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import ray
@@ -46,8 +46,17 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, paths))
 
 
+def connect(address: str, **options: Any) -> None:
+    """Make this process a driver of a :class:`LocalCluster`."""
+    # ray.init would turn the loopback address into the machine's, where no node listens.
+    with mock.patch.object(ray._private.services, "resolve_ip_for_localhost", str):
+        ray.init(address=address, _node_ip_address=HOST, logging_level="WARNING", **options)
+
+
 class LocalCluster:
     """A head node, to which the driver connects, and worker nodes; a context manager.
+
+    They nest: the driver belongs to the innermost, and goes back to the one around it after that.
 
     Workers are numbered from 1 in the order they were added, and keep their number when one
     dies. Unless told otherwise, number n offers the resource `workern`, to pin trials to it.
@@ -66,6 +75,8 @@ class LocalCluster:
         object_store_mb: Of each node.
         log_to_driver: Whether the nodes' output appears in the test's output.
     """
+
+    _entered: ClassVar[list[LocalCluster]] = []
 
     def __init__(
         self,
@@ -111,25 +122,24 @@ class LocalCluster:
             )
             for _ in range(self._workers):
                 self.add_node()
-            self._connect()
+            if self._entered:
+                ray.shutdown()
+            self._entered.append(self)
+            stack.callback(self._leave)
+            connect(self.address, log_to_driver=self._log_to_driver)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _connect(self) -> None:
-        # ray.init would turn the loopback address into the machine's, where no node listens.
-        with mock.patch.object(ray._private.services, "resolve_ip_for_localhost", str):
-            ray.init(
-                address=self.address,
-                _node_ip_address=HOST,
-                log_to_driver=self._log_to_driver,
-                logging_level="WARNING",
-            )
+    def _leave(self) -> None:
+        ray.shutdown()
+        self._entered.remove(self)
+        if self._entered:
+            connect(self._entered[-1].address, log_to_driver=self._entered[-1]._log_to_driver)
 
     def _stop(self) -> None:
-        ray.shutdown()
         self._cluster.shutdown()
         for path in self.temp_dirs:
             shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import botocore.exceptions
@@ -24,6 +24,7 @@ import ray
 from tests.support import s3_server
 from tests.support.cluster import LocalCluster
 from tests.support.proxy import Proxy
+from tests.support.restarts import wait_until
 from tests.support.s3_server import S3Server
 
 needs_s3 = pytest.mark.skipif(s3_server.available() is not None, reason=s3_server.available() or "")
@@ -52,13 +53,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def proxy(server: S3Server) -> Iterator[Proxy]:
     with Proxy.start(server.host, server.port) as running:
         yield running
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.01)
 
 
 @needs_s3
