@@ -109,6 +109,7 @@ def restore(
                 once(lambda: indexes.from_listing(storage, options.drivers), limits)
             )
         except BaseException as error:
+            manifest.doubt()
             message = f"reading the index of {storage.name} failed: {describe(error)}"
             failure = FileFailure(label, "", type(error).__name__, message)
             return RestoreReport(failures=(failure,), duration_s=clock() - started)
