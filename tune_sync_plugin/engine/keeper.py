@@ -6,7 +6,7 @@ during a long one; it is read once per manifest, or each time where several node
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -54,8 +54,12 @@ class IndexKeeper:
     warnings: list[str] = field(default_factory=list)
     _readable: bool = True
 
-    def meet(self) -> dict[str, Reason]:
-        """What storage has that the manifest has no record of, and what to do about each."""
+    def meet(self, paths: Iterable[str]) -> dict[str, Reason]:
+        """What storage has, or may have, that the manifest has no record of: what to do about each.
+
+        Args:
+            paths: What there is no record of.
+        """
         unrecorded: dict[str, Reason] = {}
         if not self.manifest.knows_index:
             found = self._read()
@@ -63,8 +67,11 @@ class IndexKeeper:
             # was lost.
             if found and found.writer == self.indexing.writer:
                 unrecorded = dict.fromkeys(found.entries, Reason.UNRECORDED)
-        foreign = self.manifest.foreigners().keys() - unrecorded.keys()
-        return unrecorded | dict.fromkeys(foreign, Reason.FOREIGN)
+        foreign = set(self.manifest.foreigners())
+        if self.manifest.index_writer not in (None, self.indexing.writer):
+            # Others sent files, and may have been killed before they put them into the index.
+            foreign.update(paths)
+        return dict.fromkeys(foreign, Reason.FOREIGN) | unrecorded
 
     def _read(self) -> Index | None:
         try:
@@ -93,7 +100,8 @@ class IndexKeeper:
         Otherwise the one that wrote it would believe its own records if the trial came back there,
         however much had been sent from here. Returns what it failed with.
         """
-        if not self._readable or self.manifest.index_writer in (None, "", self.indexing.writer):
+        theirs = self.manifest.index_writer not in (None, "", self.indexing.writer)
+        if not self._readable or self.manifest.index_claimed or not theirs:
             return None
         return self._write()
 
@@ -131,7 +139,7 @@ class IndexKeeper:
         except BaseException as error:
             return error
         paths = _digest({**manifest.foreigners(), **manifest.index_entries()})
-        manifest.index_written(paths, writer)
+        manifest.index_written(paths)
         return None
 
 

@@ -214,8 +214,13 @@ class Manifest:
 
     @property
     def index_writer(self) -> str | None:
-        """Whom the index in storage named as its writer when it was last seen."""
+        """Whom the index in storage named as its writer when it was last read."""
         return self._meta("index_writer")
+
+    @property
+    def index_claimed(self) -> bool:
+        """Whether the index has been written from here since this manifest was made."""
+        return self._meta("indexed_paths") is not None
 
     def index_read(self, index: Index | None) -> None:
         """Take in the index in storage, or that there is none."""
@@ -237,6 +242,18 @@ class Manifest:
         with self._transaction() as db:
             db.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in entries])
             self._add_foreigners(db, entries)
+
+    def doubt(self) -> None:
+        """Others may have gone on with any of it, and they could not be asked."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO foreigners SELECT path, NULL, '', root FROM files",
+            )
+            db.execute(
+                "UPDATE files SET size = ?, mtime_ns = ?, ctime_ns = ?, inode = ?, uploading = 1",
+                _UNFINISHED,
+            )
+            db.execute("DELETE FROM meta WHERE key IN ('index_read', 'indexed_paths')")
 
     @staticmethod
     def _add_foreigners(db: sqlite3.Connection, entries: Mapping[str, Entry]) -> None:
@@ -284,14 +301,11 @@ class Manifest:
         """What :meth:`index_written` was given last."""
         return self._meta("indexed_paths")
 
-    def index_written(self, paths: str, writer: str) -> None:
+    def index_written(self, paths: str) -> None:
         """The index in storage has all of this; ``paths`` stands for the set of its paths."""
         with self._transaction() as db:
             db.execute("UPDATE files SET indexed = 1 WHERE NOT indexed")
-            db.executemany(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-                [("indexed_paths", paths), ("index_writer", writer)],
-            )
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('indexed_paths', ?)", [paths])
             db.execute("DELETE FROM meta WHERE key = 'unindexed'")
 
     def close(self) -> None:

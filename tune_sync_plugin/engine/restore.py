@@ -112,6 +112,7 @@ def restore(
             if not found and options.without_index:
                 index = Index(once(lambda: indexes.from_listing(storage, options.drivers), limits))
         except BaseException as error:
+            manifest.doubt()
             message = f"reading the index of {storage.name} failed: {describe(error)}"
             failure = FileFailure(label, "", type(error).__name__, message)
             return RestoreReport(failures=(failure,), duration_s=clock() - started)

@@ -133,8 +133,10 @@ def _plan(
 ) -> Plan:
     known = manifest.load()
     unrecorded: dict[str, Reason] = {}
-    if any(path not in known or known[path].fingerprint.size < 0 for path in scanned.files):
-        unrecorded = keeper.meet() if keeper else {}
+    unknown = [p for p in scanned.files if p not in known or known[p].fingerprint.size < 0]
+    if unknown:
+        new = [path for path in unknown if path not in known]
+        unrecorded = keeper.meet(new) if keeper else {}
         if manifest.damaged:
             unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
     return make_plan(
