@@ -53,6 +53,10 @@ def _period(outcome: Outcome) -> str:
     return f"{outcome.extra['log']} and {outcome.extra['state']}"
 
 
+def _lines(outcome: Outcome) -> str:
+    return f"{outcome.extra['lines']} of 10"
+
+
 def _results(outcome: Outcome) -> str:
     return f"{outcome.extra['results']} of {scenarios.RESTART_STEPS}"
 
@@ -77,6 +81,11 @@ CASES: dict[str, tuple[str, Callable[[Outcome], str], tuple[str, ...]]] = {
     "resend": (
         "artifact bytes sent per byte that changed, over six checkpoints",
         _resent,
+        (),
+    ),
+    "moved_trial": (
+        "lines of a log that a trial appends to, after it went on on another node twice",
+        _lines,
         (),
     ),
     "killed_trial": (

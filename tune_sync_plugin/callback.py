@@ -207,6 +207,7 @@ class _Experiment:
         self._resumed = storage.resumed
         self._gates = Gates()
         self._leftovers: Leftovers | None = None
+        self._ending = False
 
         self._here = here = ray.get_runtime_context().get_node_id()
         self._run = run = Run(
@@ -377,6 +378,8 @@ class _Experiment:
                 f"SyncCallback: {key}/{linked[0]} is not walked into; with "
                 "SyncConfig(follow_symlinks=True) what it points to is synced.",
             )
+        if self._ending:
+            return  # all that is missing is about to be named
         for failure in report.failures:
             # One per cause, and not one per class, file or sync.
             self.warn_once(
@@ -387,6 +390,7 @@ class _Experiment:
 
     def finish(self) -> None:
         """Sync everything once more, then say what was synced and what was not."""
+        self._ending = True
         broken = []
         try:
             if self._attaching:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 
@@ -344,6 +345,29 @@ def restarted_trial(link: Link, by: str) -> Outcome:
     outcome = fit(link, _train_restarts, by=by, run_config=run_config)
     lines = outcome.content("result.json").splitlines()
     outcome.extra["results"] = len({json.loads(line)["step"] for line in lines})
+    return outcome
+
+
+# -- 9: a trial that moves ----------------------------------------------------------------------
+
+
+def moved_trial(link: Link, by: str) -> Outcome:
+    """A trial that appends to a log fails twice, and goes on on the other node each time."""
+    from tests.support import restarts
+
+    train = tune.with_resources(restarts.train, {"CPU": restarts.TRIAL_CPUS})
+    failure_config = tune.FailureConfig(max_failures=2)
+    try:
+        outcome = fit(
+            link,
+            train,
+            by=by,
+            space={"fails_after": [4, 7]},
+            run_config={"failure_config": failure_config},
+        )
+    finally:
+        restarts.remove_blockers(node["NodeID"] for node in ray.nodes())
+    outcome.extra["lines"] = len(set(outcome.content("log.txt").split()))
     return outcome
 
 

@@ -95,7 +95,8 @@ def run(
     def work() -> None:
         while True:
             with lock:
-                number = -1 if health.given_up else next(todo, -1)
+                over = health.given_up or limits.clock() >= limits.deadline
+                number = -1 if over else next(todo, -1)
                 if number < 0:
                     return
                 started.add(number)
