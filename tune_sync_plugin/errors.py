@@ -72,6 +72,14 @@ def is_retryable(error: BaseException) -> bool:
     return not _FATAL_TEXT.search(str(error))
 
 
+_DENIED_TEXT = re.compile(r"AWS Error ACCESS_DENIED\b|HTTP (?:status|response code:) 403\b")
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the credentials don't allow it; pyarrow has no error of its own for that."""
+    return isinstance(error, PermissionError) or bool(_DENIED_TEXT.search(str(error)))
+
+
 # Userinfo up to the last @, and the parameters of signed URLs, headers and connection strings.
 _SECRETS = re.compile(
     r"(://)[^/\s]+(?=@)"

@@ -137,12 +137,23 @@ def test_what_storage_holds_is_read_back_only_if_asked(root: Path, manifest: Pat
     assert counting.kinds() == {"write": 9, "stat": 9}, "an ETag tells, and nothing is read"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Access Denied"),
+        OSError(
+            "When reading information for key 'p/a' in bucket 'results': AWS Error ACCESS_DENIED "
+            "during HeadObject operation: No response body."
+        ),
+    ],
+    ids=["s3fs", "pyarrow"],
+)
 def test_storage_that_may_not_be_looked_at_is_said_once(
-    inner: Storage, root: Path, manifest: Path
+    inner: Storage, root: Path, manifest: Path, error: OSError
 ) -> None:
     class WriteOnly(Around):
         def stat(self, path: str) -> Stat | None:
-            raise PermissionError(13, "Access Denied")
+            raise error
 
     fill(root, {f"{n}": b"%d" % n for n in range(9)})
     report = sync_dir(root, WriteOnly(inner), manifest)
