@@ -97,6 +97,14 @@ def code_of(message: str) -> str | None:
     return next(filter(None, found.groups())) if found else None
 
 
+_DENIED_TEXT = re.compile(r"AWS Error ACCESS_DENIED\b|HTTP (?:status|response code:) 403\b")
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the credentials don't allow it; pyarrow has no error of its own for that."""
+    return isinstance(error, PermissionError) or bool(_DENIED_TEXT.search(str(error)))
+
+
 # Userinfo up to the last @, and the parameters of signed URLs, headers and connection strings.
 _SECRETS = re.compile(
     r"(://)[^/\s]+(?=@)"

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.engine.fakes import Around, Killing, ObjectStorage, tree
 from tests.engine.support import Disk
+from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine import sync as sync_module
 from tune_sync_plugin.engine.index import is_ours
 from tune_sync_plugin.engine.manifest import Manifest
@@ -55,7 +56,7 @@ class Moves(RuleBasedStateMachine):
         self.count = 0
         # A version's content -> that of the version it was made from.
         self.made_from: dict[bytes, bytes | None] = {}
-        self.sent: dict[bytes, str] = {}
+        self.sent: set[bytes] = set()
 
     def storage(self) -> Storage:
         return LocalStorage(str(self.base / "storage"))
@@ -115,7 +116,11 @@ class Moves(RuleBasedStateMachine):
         self.at = node
         self.visited.add(node)
         report = self.disk.restore()
-        assert not report.failures, report.failures
+        # A cut-off upload may have been noted and never have arrived.
+        assert {f.error for f in report.failures} <= {"NotStoredError"}, report.failures
+        index = indexes.read(self.disk.inner)
+        missing = set(index.entries) - set(tree(self.disk.root)) if index else set()
+        assert missing == {failure.path for failure in report.failures}
 
     @precondition(lambda self: self.sent)
     @rule(node=st.sampled_from(NODES))
@@ -135,15 +140,14 @@ class Moves(RuleBasedStateMachine):
         stored = self.stored()
         alive = set(stored.values())
         assert alive <= self.made_from.keys()
-        for content in alive:
-            self.sent.setdefault(content, "")
+        self.sent |= alive
         superseded: set[bytes] = set()
         for content in alive:
             older = self.made_from[content]
             while older is not None:
                 superseded.add(older)
                 older = self.made_from[older]
-        lost = self.sent.keys() - alive - superseded
+        lost = self.sent - alive - superseded
         assert not lost, f"{sorted(lost)} of {stored}"
 
 
@@ -159,7 +163,7 @@ class MovesOnObjects(Moves):
 
 
 _SETTINGS = settings(
-    max_examples=60,
+    max_examples=25,
     stateful_step_count=25,
     deadline=None,
     print_blob=True,

@@ -253,6 +253,41 @@ def test_back_after_a_kill_before_the_index_was_written(one: Disk) -> None:
     assert tree(one.root) == {"log": b"1\n2\n"}
 
 
+def test_what_a_killed_node_stored_last_is_not_overwritten(one: Disk) -> None:
+    """It was killed before it put that into the index, so that nobody knows of it."""
+    fill(one.root, {"a": b"1"})
+    one.sync()
+    fill(one.root, {"late": b"theirs"})
+    killed = Failing(
+        one.inner, lambda path: PermissionError("as if killed"), affects={INDEX}.__contains__
+    )
+    one.sync(killed)
+    two = one.beside("node-2")
+    two.restore()
+    fill(two.root, {"late": b"mine", "new": b"n"})
+    assert two.sync().files_uploaded == 2
+    assert stored(one) == {"a": b"1", "late": b"mine", "late.before-1": b"theirs", "new": b"n"}
+
+
+def test_records_are_doubted_where_storage_could_not_be_asked(one: Disk) -> None:
+    fill(one.root, {"log": b"1\n", "b": b"2"})
+    one.sync()
+    two = one.beside("node-2")
+    two.restore()
+    fill(two.root, {"log": b"1\n2\n"})
+    two.sync()
+
+    class Refusing(Around):
+        def read(self, path: str) -> Iterator[bytes]:
+            raise PermissionError(13, "as in an outage")
+
+    assert one.restore(Refusing(one.inner)).failures
+    fill(one.root, {"log": b"1\nx\n"})
+    report = one.sync()
+    assert (report.files_uploaded, report.files_unchanged) == (1, 1)
+    assert stored(one) == {"log": b"1\nx\n", "log.before-1": b"1\n2\n", "b": b"2"}
+
+
 def test_where_nobody_else_was_nothing_is_asked(one: Disk) -> None:
     """A new driver does not know where a trial was; the index may lag behind the manifest."""
     fill(one.root, {"log": b"1\n", "b": b"2"})

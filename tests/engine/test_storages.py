@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import http.server
 import os
 import pickle
@@ -21,14 +22,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import _fs as arrow_internals
 from pyarrow import fs as arrow
 
-from tests.engine.fakes import tree
-from tests.engine.support import entry_of, fill, put, sync_dir
+from tests.engine.fakes import Counting, tree
+from tests.engine.support import Disk, entry_of, fill, put, sync_dir
 from tests.support import s3_server
 from tests.support.s3_server import S3Server
 from tune_sync_plugin.engine.arrow_storage import ArrowStorage
+from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
 from tune_sync_plugin.engine.fsspec_storage import FsspecStorage
-from tune_sync_plugin.engine.source import Source
-from tune_sync_plugin.engine.storage import LocalStorage, Storage, storage_at
+from tune_sync_plugin.engine.source import Memory, Source
+from tune_sync_plugin.engine.storage import LocalStorage, Storage, partial_path, storage_at
 from tune_sync_plugin.errors import SourceChangedError
 
 MB = 1 << 20
@@ -46,6 +48,11 @@ class Place:
     storage: Storage
     kind: type
     contents: Callable[[], dict[str, bytes]]
+    client: Callable[[], Storage] | None = None
+
+    def another(self) -> Storage:
+        """The same place through another client, where there can be two."""
+        return self.client() if self.client else self.storage
 
 
 def _memory_contents(root: str) -> dict[str, bytes]:
@@ -114,10 +121,16 @@ def _places(kind: str, tmp_path: Path, s3: Callable[[], S3Server]) -> Place:
         return {key[len(prefix) + 1 :]: server.get(key) for key in server.keys(prefix + "/")}
 
     if kind == "arrow s3":
-        filesystem: Any = server.arrow_fs()
-        return Place(storage_at(filesystem, f"{server.bucket}/{prefix}"), ArrowStorage, contents)
-    filesystem = server.s3fs_fs()
-    return Place(storage_at(filesystem, f"{server.bucket}/{prefix}"), FsspecStorage, contents)
+
+        def arrow_client() -> Storage:
+            return storage_at(server.arrow_fs(), f"{server.bucket}/{prefix}")
+
+        return Place(arrow_client(), ArrowStorage, contents, arrow_client)
+
+    def s3fs_client() -> Storage:
+        return storage_at(server.s3fs_fs(), f"{server.bucket}/{prefix}")
+
+    return Place(s3fs_client(), FsspecStorage, contents, s3fs_client)
 
 
 KINDS = [
@@ -259,6 +272,117 @@ def test_name_is_stable(place: Place) -> None:
     assert place.storage.name
     assert place.storage.name == str(place.storage.name)
     assert "storage" in place.storage.name
+
+
+# -- what storage is asked, and gives back -------------------------------------------------------
+
+ASKED = ["a", "two words", "#x", "q?", "100%", "%41", "a+b&c=d", "new\nline", "*[x]", "🎉ü"]
+
+
+def test_stat_read_files_and_copy(place: Place, root: Path) -> None:
+    storage = place.storage
+    files = {f"d/e f/{name}": b"%d" % n for n, name in enumerate(ASKED)} | {ASKED[7]: b"nl"}
+    files |= {"empty": b"", "zipped.gz": gzip.compress(b"content" * 99), "notes.bz2": b"no bzip2"}
+    assert (storage.files(), storage.stat("a"), storage.stat("d/e f/a")) == ({}, None, None)
+    with pytest.raises(FileNotFoundError):
+        list(storage.read("a"))
+    for path, content in files.items():
+        storage.write(path, Memory(content), "run")
+    assert storage.files() == {path: len(content) for path, content in files.items()}
+    for path, content in files.items():
+        found = storage.stat(path)
+        assert found
+        assert found.size == len(content)
+        assert etag_matches(hashlib.md5(content).hexdigest(), found.etag) is (
+            None if storage.has_directories else True
+        )
+        assert b"".join(storage.read(path)) == content
+    for path in ("d", "d/e f", "empty/x", "gone", "d/gone"):
+        assert storage.stat(path) is None
+    for path in (ASKED[7], "d/e f/#x", "empty", "zipped.gz"):
+        storage.copy(path, f"{path}.before-1")
+        # Two files, and not two names for one.
+        storage.write(path, Memory(b"new"), "run")
+        assert b"".join(storage.read(f"{path}.before-1")) == files[path]
+        found = storage.stat(path)
+        assert found
+        assert (found.size, b"".join(storage.read(path))) == (3, b"new")
+
+
+def test_what_somebody_else_writes_is_seen(place: Place, root: Path) -> None:
+    """Some clients remember listings and sizes."""
+    storage = place.storage
+    storage.write("d/a", Memory(b"1"), "run")
+    assert (storage.files(), storage.stat("d/b")) == ({"d/a": 1}, None)
+    other = place.another()
+    other.write("d/a", Memory(b"longer"), "run")
+    other.write("d/b", Memory(b"2"), "run")
+    found = storage.stat("d/a")
+    assert found
+    assert found.size == 6
+    assert b"".join(storage.read("d/a")) == b"longer"
+    assert storage.stat("d/b")
+    assert storage.files() == {"d/a": 6, "d/b": 1}
+
+
+def test_half_written_files_are_not_listed(place: Place) -> None:
+    if not place.storage.has_directories:
+        pytest.skip("there are none")
+    place.storage.write(partial_path("d/a", "run"), Memory(b"half"), "run")
+    place.storage.write("d/a", Memory(b"1"), "run")
+    assert place.storage.files() == {"d/a": 1}
+
+
+def test_twenty_five_megabytes_are_checked(place: Place, root: Path, manifest: Path) -> None:
+    content = os.urandom(25 * MB)
+    fill(root, {"big": content})
+    counting = Counting(place.storage)
+    assert sync_dir(root, counting, manifest).complete
+    assert counting.kinds() == {"write": 1, "stat": 1}
+    found = place.storage.stat("big")
+    assert found
+    if place.kind is ArrowStorage and not place.storage.has_directories:
+        assert str(found.etag).strip('"').endswith("-3")
+        assert etag_matches(checksum_of([content]), found.etag)
+        assert etag_matches(checksum_of([content[:-1] + b"?"]), found.etag) is False
+
+
+def test_restored_elsewhere_every_file_is_the_same(
+    place: Place, root: Path, manifest: Path
+) -> None:
+    names = ODD_NAMES if place.storage.has_directories else set(ODD_NAMES) - {"back\\slash"}
+    files = {name: b"%d" % n for n, name in enumerate(names)}
+    files |= {f"odd*[d]ir/{name}": b"x" for name in ASKED}
+    files |= {"empty": b"", "zipped.gz": gzip.compress(b"c" * 999), "big": os.urandom(25 * MB)}
+    one = Disk(root, manifest, place.storage)
+    fill(root, files)
+    unsent = {failure.path for failure in one.sync().failures}
+    assert unsent <= {"v?versionId=1"}
+    two = one.beside("node-2")
+    two.inner = place.another()
+    report = two.restore()
+    assert (report.failures, report.warnings, report.from_index) == ((), (), True)
+    assert tree(two.root) == {path: c for path, c in files.items() if path not in unsent}
+    assert two.storage.kinds() == {"read": 1 + report.files_restored}
+    assert two.sync().files_uploaded == 0
+    # And back, after one of them went on.
+    fill(two.root, {"d/new": b"new", "empty": b"no more"})
+    assert two.sync().complete
+    back = one.restore()
+    assert (back.files_restored, back.failures) == (2, ())
+    assert tree(root).items() >= tree(two.root).items()
+
+
+def test_of_somebody_else_s_file_both_are_kept(place: Place, root: Path, manifest: Path) -> None:
+    one = Disk(root, manifest, place.storage)
+    fill(root, {"d/log #1?.txt": b"theirs"})
+    one.sync()
+    two = one.beside("node-2")
+    fill(two.root, {"d/log #1?.txt": b"mine"})
+    assert two.sync().complete
+    stored = place.contents()
+    assert stored["d/log #1?.txt"] == b"mine"
+    assert stored["d/log #1?.txt.before-1"] == b"theirs"
 
 
 # -- unwrapping ----------------------------------------------------------------------------------

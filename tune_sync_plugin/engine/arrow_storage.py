@@ -63,8 +63,10 @@ class ArrowStorage:
 
     def stat(self, path: str) -> Stat | None:
         if self._fs.type_name != "s3":
-            info = self._fs.get_file_info(self._at(path))
-            return Stat(info.size) if info.type == FileType.File else None
+            with contextlib.suppress(NotADirectoryError):
+                info = self._fs.get_file_info(self._at(path))
+                return Stat(info.size) if info.type == FileType.File else None
+            return None
         try:
             # One request, and the only way to the ETag; nothing is read.
             with self._fs.open_input_stream(self._at(path), compression=None) as stream:
@@ -87,7 +89,13 @@ class ArrowStorage:
         }
 
     def copy(self, path: str, to: str) -> None:
-        self._fs.copy_file(self._at(path), self._at(to))
+        if not self._fs.type_name.startswith("py::"):
+            self._fs.copy_file(self._at(path), self._at(to))
+            return
+        # A Python handler may copy into a directory of the new name, as fsspec does.
+        with self._fs.open_output_stream(self._at(to), compression=None) as out:
+            for chunk in self.read(path):
+                out.write(chunk)
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

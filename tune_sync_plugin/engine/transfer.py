@@ -17,7 +17,7 @@ from tune_sync_plugin.engine.plan import Reason, Record, Upload
 from tune_sync_plugin.engine.pool import Health, Limits, run
 from tune_sync_plugin.engine.source import Source
 from tune_sync_plugin.engine.storage import Stat, Storage, holds
-from tune_sync_plugin.errors import SourceChangedError
+from tune_sync_plugin.errors import SourceChangedError, describe, is_denied
 
 
 class Outcome(NamedTuple):
@@ -111,8 +111,12 @@ class Transfer:
         """Ask storage what it has now; raises an ``OSError`` worth a retry if it is not this."""
         try:
             found = self.storage.stat(path)
-        except PermissionError as error:
-            self.unchecked = f"storage takes files but does not let them be looked at: {error}"
+        except Exception as error:
+            if not is_denied(error):
+                raise
+            self.unchecked = (
+                f"storage takes files but does not let them be looked at: {describe(error)}"
+            )
             return
         if found is None:
             raise OSError(f"storage accepted {posixpath.basename(path)} but does not have it")
