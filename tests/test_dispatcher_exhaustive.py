@@ -20,7 +20,6 @@ is ended in several ways:
 from __future__ import annotations
 
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,7 +115,7 @@ class World:
     def _submit(self, node_id: str, jobs: Sequence[str]) -> Task:
         lane = EXPERIMENT in jobs
         assert not any(t.node == node_id and (EXPERIMENT in t.keys) == lane for t in self.tasks)
-        assert jobs and (not lane or len(jobs) == 1)
+        assert len(jobs) == 1 or (jobs and not lane)
         turns, self.turns = self.turns, []
         for key, turn in zip(jobs, turns, strict=True):
             self._submitted((key, node_id), turn)
@@ -314,7 +313,7 @@ class World:
         busy = {key for key, _ in self.under_way}
         lanes = {(task.node, EXPERIMENT in task.keys) for task in self.tasks}
         for place, forced in self.asked.items():
-            key, node = place
+            key = place[0]
             due = forced or now >= self.began.get(place, -math.inf) + PERIOD_S
             # A target may stand in another lane's queue, with one sync that comes first.
             if due and key not in busy and not self._waits(key, lanes):
@@ -339,7 +338,8 @@ class World:
             if not self.tasks:
                 self.clock.advance(PERIOD_S)
             self.settle()
-        assert not self.asked and not self.under_way and not self.moves
+        assert not self.asked | dict.fromkeys(self.under_way)
+        assert not self.moves
 
     def flush(self, mood: str) -> None:
         self.closing, self.mood = True, mood
@@ -503,31 +503,40 @@ def explore(world: World, keys: Sequence[str], depth: int) -> int:
         for frozen, path in layer:
             for event in list(events(pickle.loads(frozen), keys)):
                 world = pickle.loads(frozen)
+                ending = ""
                 try:
                     do(world, event)
                     if (reached := state(world)) in seen:
                         continue
                     seen.add(reached)
                     again = pickle.dumps(world, -1)
-                    for event_or_end, end in ENDINGS.items():
+                    for ending, end in ENDINGS.items():  # noqa: B007 - named if it fails
                         world = pickle.loads(again)
                         end(world)
                 except Exception as error:
-                    at_end = event_or_end if "event_or_end" in locals() else ""
                     steps = " / ".join(" ".join(filter(None, e)) for e in (*path, event))
-                    raise AssertionError(f"{steps} [{at_end}]: {error!r}") from error
+                    raise AssertionError(f"{steps} [{ending}]: {error!r}") from error
                 if left:
                     following.append((again, (*path, event)))
         layer = following
     return len(seen)
 
 
-if __name__ == "__main__":
-    import sys, time, cProfile
-    w = World()
-    ks = sys.argv[1]
-    if len(sys.argv) > 3:
-        w.attach("t", "A"); w.attach("u", sys.argv[3])
-    for n in range(1, int(sys.argv[2]) + 1):
-        a = time.process_time()
-        print(n, explore(w, ks, n), time.process_time() - a, flush=True)
+@pytest.mark.parametrize(
+    ("t", "u", "depth"),
+    [
+        pytest.param("", "", 4, id="nobody is anywhere yet"),
+        pytest.param("A", "A", 3, id="both on one node"),
+        pytest.param("A", "B", 3, id="each on its own"),
+        pytest.param("A", None, 4, id="one trial alone"),
+        pytest.param("A", "A", 4, id="both on one node, deeper", marks=pytest.mark.slow),
+        pytest.param("A", "B", 4, id="each on its own, deeper", marks=pytest.mark.slow),
+    ],
+)
+def test_every_sequence(t: str, u: str | None, depth: int) -> None:
+    world = World()
+    for key, node in (("t", t), ("u", u)):
+        if node:
+            world.attach(key, node)
+    states = explore(world, TRIALS if u is not None else TRIALS[:1], depth)
+    assert states > 1000, "the events that lead on are missing"

@@ -55,6 +55,8 @@ class Gates:
                 .options(
                     num_cpus=0,
                     max_concurrency=10_000,
+                    # Those who wait when it dies are let through, those who come later wait again.
+                    max_restarts=-1,
                     # The driver's node: if it dies, so does the driver.
                     scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
                 )
@@ -66,7 +68,9 @@ class Gates:
         return reference
 
     def open(self, promise: Any) -> None:
-        """Fulfil a promise."""
+        """Fulfil a promise. One that is fulfilled, or was given up by :meth:`close`, stays so."""
+        if self._actor is None:
+            return
         self._actor.open.remote(self._keys[promise])
 
     def close(self) -> None:
