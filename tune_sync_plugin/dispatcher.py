@@ -11,6 +11,7 @@ Pure bookkeeping over an injected clock and executor: no Ray, no files, no sleep
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -52,7 +53,7 @@ class Turn:
     shared: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Place:
     """A target's directory on one node."""
 
@@ -62,19 +63,29 @@ class _Place:
     forced: bool = False
     lost: bool = False
     last_start: float = -math.inf
-    # The number of the last sync that was submitted, and of the last one that has ended.
+    # The number of the last sync that was submitted (or could not be, and was named for it), and of
+    # the last one that has ended. They differ while one is in a task, or waits to go into another.
     submitted: int = 0
     ended: int = 0
+    # What ``submitted`` was when the target came here the last time.
+    submitted_before: int = 0
     last_success: float | None = None
     last_report: SyncReport = SyncReport()
 
+    def give_up_one(self) -> None:
+        """Count a sync that is named as not done in place of being tried."""
+        self.submitted += 1
+        self.submitted_before += 1  # nothing was synced by it
 
-@dataclass
+
+@dataclass(eq=False)
 class _Target:
     key: str
     period_s: float
     places: dict[str, _Place] = field(default_factory=dict)
     current: list[str] = field(default_factory=list)
+    # Where it is or, while it is nowhere, was.
+    latest: list[str] = field(default_factory=list)
     running: bool = False
     # Requests made before the first place was known.
     wanted_early: bool = False
@@ -181,7 +192,11 @@ class Dispatcher:
             place = target.places.pop(node_id, None) or _Place(node_id, job)
             target.places[node_id] = place
             place.job, place.lost = job, False
+            if node_id not in target.latest:  # else it has only started again
+                place.submitted_before = place.submitted
         target.current = list(jobs)
+        target.latest = target.current or target.latest
+        self._choose_anew(target)
         if jobs and target.wanted_early:
             for node_id in jobs:
                 self._want(target.places[node_id], target.forced_early)
@@ -196,6 +211,13 @@ class Dispatcher:
             target.places = {node_id: place, **target.places}
             self._want(place, forced=True)
             self._enqueue(target)
+
+    def _choose_anew(self, target: _Target) -> None:
+        # It may stand in a node's queue with a place that is no longer the first to be synced.
+        for waiting in self._ready.values():
+            if target in waiting:
+                waiting.remove(target)
+                target.running = False
 
     def request(self, key: str, *, forced: bool) -> None:
         """Ask for a sync of a target from where it is now. Unknown targets are ignored."""
@@ -357,11 +379,12 @@ class Dispatcher:
 
     @staticmethod
     def _turn(target: _Target, place: _Place) -> Turn:
-        nodes = list(target.places)
-        later = nodes[nodes.index(place.node_id) + 1 :]
-        synced_since = any(target.places[node_id].last_start > -math.inf for node_id in later)
+        places = list(target.places.values())
+        later = places[places.index(place) + 1 :]
+        # A place that it was at before, and is at again: only syncs since then are newer.
+        synced_since = any(other.submitted > other.submitted_before for other in later)
         superseded = place.node_id not in target.current and synced_since
-        return Turn(place.forced, superseded, shared=len(nodes) > 1)
+        return Turn(place.forced, superseded, shared=len(places) > 1)
 
     def _is_alive(self, node_id: str, now: float) -> bool:
         asked, alive = self._alive
@@ -372,6 +395,7 @@ class Dispatcher:
 
     def _lose(self, target: _Target, place: _Place, now: float) -> None:
         place.lost, place.wanted, place.forced = True, False, False
+        place.give_up_one()
         since = (
             "it was never synced"
             if place.last_success is None
@@ -391,27 +415,21 @@ class Dispatcher:
         """Force a sync of everything a target has now, or still owes, on all its nodes.
 
         Returns a function that tells whether that is over: each was synced, or tried, by a sync
-        that started after this call; or its node is gone.
+        that started after this call (where the target had left before, by the one that was on its
+        way); or it is named as lost.
         """
         target = self._targets[key]
-        before = {
-            place.node_id: place.submitted
-            for place in target.places.values()
-            if place.wanted or place.node_id in target.current
-        }
-        for node_id in before:
-            self._want(target.places[node_id], forced=True)
+        until = {}
+        for node_id, place in target.places.items():
+            if place.lost:
+                continue
+            if place.wanted or node_id in target.current:
+                self._want(place, forced=True)
+                until[node_id] = place.submitted + 1
+            elif place.ended < place.submitted:
+                until[node_id] = place.submitted
         self._enqueue(target)
-
-        def is_over() -> bool:
-            if not before:
-                return not target.running
-            return all(
-                target.places[node_id].lost or target.places[node_id].ended > number
-                for node_id, number in before.items()
-            )
-
-        return is_over
+        return functools.partial(_is_caught_up, target.places, until)
 
     def settle(self, keys: Iterable[str], timeout_s: float) -> bool:
         """Poll until nothing forced or running is left for ``keys``; False if time ran out."""
@@ -435,6 +453,7 @@ class Dispatcher:
                 if self._is_settled(place):
                     place.lost = True
                 self._want(place, forced=True)
+            self._choose_anew(target)
             self._enqueue(target)
         if self.settle(list(self._targets), timeout_s):
             return
@@ -449,11 +468,17 @@ class Dispatcher:
             for place in target.places.values():
                 if place.forced:
                     place.wanted = place.forced = False
+                    place.give_up_one()
                     self._unfinished(target, place, "not begun", timeout_s)
 
     def _is_settled(self, place: _Place) -> bool:
         """Whether the node is gone with nothing owed: scaled down when its trials were over."""
-        owes = place.wanted or place.last_success is None or not place.last_report.complete
+        owes = (
+            place.wanted
+            or place.ended < place.submitted  # in a task, of which nothing has been heard yet
+            or place.last_success is None
+            or not place.last_report.complete
+        )
         return not owes and not self._is_alive(place.node_id, self._clock())
 
     def _unfinished(self, target: _Target, place: _Place, state: str, timeout_s: float) -> None:
@@ -476,3 +501,7 @@ class Dispatcher:
 
 def _failed(key: str, error: str, message: str) -> SyncReport:
     return SyncReport(failures=(FileFailure(key, "", error, message),))
+
+
+def _is_caught_up(places: dict[str, _Place], until: dict[str, int]) -> bool:
+    return all(places[node_id].ended >= number for node_id, number in until.items())
