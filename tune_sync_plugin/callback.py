@@ -279,6 +279,7 @@ class _Experiment:
             restoring = Restoring(self._job(trial), self._run, left, (gate,))
         # From now on it may be anywhere; what it left where it was is requested by this.
         self.dispatcher.set_places(key, {})
+        self._forget_attaching(key)
         # Queued in the actor ahead of restore and train, so it comes before the training code.
         reference = actor.__ray_call__.remote(attach, restoring)
         self._attaching[key] = _Attaching(reference, trial, gate, is_flushed)
@@ -320,8 +321,13 @@ class _Experiment:
             return
         for key, attaching in list(self._attaching.items()):
             if attaching.reference in ready:
-                del self._attaching[key]
+                self._forget_attaching(key)
                 self._attached(attaching.trial, attaching.reference)
+
+    def _forget_attaching(self, key: str) -> None:
+        attaching = self._attaching.pop(key, None)
+        if attaching and attaching.gate:
+            self._gates.open(attaching.gate)  # nobody waits there any more
 
     def _attached(self, trial: Trial, reference: Any) -> None:
         try:
