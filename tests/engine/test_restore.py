@@ -609,31 +609,36 @@ def test_a_file_system_without_links(one: Disk, monkeypatch: pytest.MonkeyPatch)
 class HangingReads(Around):
     """Reads of all but the index stop in the middle until ``release`` is called."""
 
-    def __init__(self, inner: Storage, hangs: Callable[[str], bool]) -> None:
+    def __init__(self, inner: Storage, hangs: Callable[[str], bool], when: str = "before") -> None:
         super().__init__(inner)
-        self._hangs = hangs
+        self._hangs, self._when = hangs, when
         self._released = threading.Event()
         self.ended = threading.Semaphore(0)
 
     def read(self, path: str) -> Iterator[bytes]:
         try:
             for chunk in super().read(path):
-                if self._hangs(path) and not self._released.wait(60):
-                    raise RuntimeError("the test never released the hung read")
+                self._hang(path, when="before")
                 yield chunk
+            self._hang(path, when="after")
         finally:
             if self._hangs(path):
                 self.ended.release()
+
+    def _hang(self, path: str, when: str) -> None:
+        if when == self._when and self._hangs(path) and not self._released.wait(60):
+            raise RuntimeError("the test never released the hung read")
 
     def release(self) -> None:
         self._released.set()
 
 
-def test_nothing_appears_after_the_deadline(one: Disk) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_nothing_appears_after_the_deadline(one: Disk, when: str) -> None:
     fill(one.root, {"a": b"1", "hung": b"2"})
     one.sync()
     two = one.beside("node-2")
-    hanging = HangingReads(one.inner, {"hung"}.__contains__)
+    hanging = HangingReads(one.inner, {"hung"}.__contains__, when)
     started = time.monotonic()
     report = two.restore(hanging, timeout_s=1.0)
     assert time.monotonic() - started < 15
