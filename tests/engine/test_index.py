@@ -181,7 +181,7 @@ def test_one_percent_changed_costs_its_uploads_and_one(bench: Disk) -> None:
 def test_a_first_sync_asks_once_whether_there_is_one(bench: Disk) -> None:
     fill(bench.root, {f"{n:03}": b"%d" % n for n in range(20)})
     bench.sync()
-    assert bench.storage.kinds() == {"write": 21, "stat": 20, "read": 1}
+    assert bench.storage.kinds() == {"write": 21, "stat": 20, "read": 1, "files": 1}
 
 
 def test_a_long_sync_writes_it_every_ten_seconds(
@@ -353,7 +353,7 @@ def test_a_listing_names_no_drivers_files_nor_our_own_nor_what_is_no_text(
         put(there, fill(root, {"x": b"12"}) / "x", path)
     with open(f"{root.parent}/storage/".encode() + b"latin-\xff", "wb"):
         pass
-    found = indexes.from_listing(there, lambda path: path == "result.json")
+    found = indexes.from_listing(there.files(), lambda path: path == "result.json")
     assert found == {"a": Entry(2), "d/b": Entry(2)}
 
 
@@ -361,5 +361,5 @@ def test_a_store_of_objects_needs_no_more(root: Path, manifest: Path) -> None:
     bench = Disk(root, manifest, ObjectStorage(root.parent / "objects"))
     fill(root, {"a": b"1"})
     bench.sync()
-    assert bench.storage.kinds() == {"write": 2, "stat": 1, "read": 1}
+    assert bench.storage.kinds() == {"write": 2, "stat": 1, "read": 1, "files": 1}
     assert sync_dir(root, bench.inner, manifest).files_uploaded == 0

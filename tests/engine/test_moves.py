@@ -21,7 +21,7 @@ from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine import sync as sync_module
 from tune_sync_plugin.engine.index import is_ours
 from tune_sync_plugin.engine.manifest import Manifest
-from tune_sync_plugin.engine.storage import LocalStorage, Storage
+from tune_sync_plugin.engine.storage import LocalStorage, Storage, is_partial
 from tune_sync_plugin.engine.sync import SyncOptions
 
 NODES = ("A", "B", "C")
@@ -62,7 +62,8 @@ class Moves(RuleBasedStateMachine):
         return LocalStorage(str(self.base / "storage"))
 
     def stored(self) -> dict[str, bytes]:
-        return {p: c for p, c in tree(self.base / "storage").items() if not is_ours(p)}
+        found = tree(self.base / "storage").items()
+        return {path: c for path, c in found if not is_ours(path) and not is_partial(path)}
 
     def teardown(self) -> None:
         shutil.rmtree(self.base)
@@ -163,7 +164,7 @@ class MovesOnObjects(Moves):
 
 
 _SETTINGS = settings(
-    max_examples=25,
+    max_examples=40,
     stateful_step_count=25,
     deadline=None,
     print_blob=True,

@@ -126,7 +126,7 @@ def read_or_rebuild(
         kept = f"{OUR_DIRECTORY}/index-{run_id}.corrupt.json"
         if not storage.stat(kept):  # an earlier try may have come so far
             storage.copy(INDEX, kept)
-        rebuilt = Index(from_listing(storage, drivers))
+        rebuilt = Index(from_listing(storage.files(), drivers))
         write(storage, rebuilt, run_id)
         warn(
             f"the index {storage.name}/{INDEX} was damaged ({error}); it was set aside as {kept} "
@@ -135,14 +135,14 @@ def read_or_rebuild(
         return rebuilt
 
 
-def from_listing(storage: Storage, drivers: Callable[[str], bool]) -> dict[str, Entry]:
-    """What the index would name, as far as a listing tells.
+def from_listing(stored: Mapping[str, int], drivers: Callable[[str], bool]) -> dict[str, Entry]:
+    """What the index would name, as far as a listing of paths and sizes tells.
 
     Names that are not UTF-8 are nothing that we ever send, nor can they be written down.
     """
     return {
         path: Entry(size)
-        for path, size in storage.files().items()
+        for path, size in stored.items()
         if not drivers(path) and not is_ours(path) and _is_text(path)
     }
 

@@ -62,12 +62,18 @@ class IndexKeeper:
         """
         unrecorded: dict[str, Reason] = {}
         if not self.manifest.knows_index:
+            # First, since it is not repeated once the index is known. Whoever sent files may have
+            # been killed before they were in an index.
+            try:
+                self.manifest.see(once(self.storage.files, self.limits))
+            except BaseException:
+                return dict.fromkeys(paths, Reason.FOREIGN)
             found = self._read()
             # Written from this disk: not somebody else's files, but ours from before the manifest
             # was lost.
             if found and found.writer == self.indexing.writer:
                 unrecorded = dict.fromkeys(found.entries, Reason.UNRECORDED)
-        foreign = set(self.manifest.foreigners())
+        foreign = self.manifest.foreigners().keys() | self.manifest.seen()
         if self.manifest.index_writer not in (None, self.indexing.writer):
             # Others sent files, and may have been killed before they put them into the index.
             foreign.update(paths)

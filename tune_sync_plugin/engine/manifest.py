@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS files (
 CREATE TABLE IF NOT EXISTS foreigners (
     path TEXT PRIMARY KEY, size INTEGER, checksum TEXT, root TEXT
 ) WITHOUT ROWID;
+-- Seen in a listing of storage, and neither sent from here nor in the index: whose, nobody knows.
+CREATE TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 """
 
@@ -83,7 +85,7 @@ class Manifest:
                 self._do_without(error)
         if self._meta("destination") not in (None, destination):
             with self._transaction() as db:
-                for table in ("files", "foreigners", "meta"):
+                for table in ("files", "foreigners", "seen", "meta"):
                     db.execute(f"DELETE FROM {table}")
 
     def _open(self, path: str) -> None:
@@ -192,7 +194,8 @@ class Manifest:
                     for path, record in records.items()
                 ],
             )
-            db.executemany("DELETE FROM foreigners WHERE path = ?", [(path,) for path in records])
+            for table in ("foreigners", "seen"):
+                db.executemany(f"DELETE FROM {table} WHERE path = ?", [(p,) for p in records])
             self._mark_unindexed(db)
 
     def forget(self, paths: Iterable[str]) -> None:
@@ -272,6 +275,18 @@ class Manifest:
     def unindexed(self) -> bool:
         """Whether anything has changed since the index was written."""
         return self._meta("unindexed") is not None
+
+    def see(self, paths: Iterable[str]) -> None:
+        """Note what a listing of storage shows."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM seen")
+            ours = {path for (path,) in db.execute("SELECT path FROM files WHERE NOT uploading")}
+            others = [(path,) for path in paths if path not in ours]
+            db.executemany("INSERT OR REPLACE INTO seen VALUES (?)", others)
+
+    def seen(self) -> set[str]:
+        """What a listing showed that was not sent from here."""
+        return {path for (path,) in self._db.execute("SELECT path FROM seen")}
 
     def foreigners(self) -> dict[str, Entry]:
         """What storage holds that was not sent from here."""

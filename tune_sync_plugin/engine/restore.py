@@ -109,20 +109,23 @@ def restore(
                 limits,
             )
             index = found or Index()
+            nobody_else = found is not None and found.writer == options.writer
+            # Whoever sent files may have been killed before they were in the index.
+            stored = {} if nobody_else else once(storage.files, limits)
             if not found and options.without_index:
-                index = Index(once(lambda: indexes.from_listing(storage, options.drivers), limits))
+                index = Index(indexes.from_listing(stored, options.drivers))
         except BaseException as error:
             manifest.doubt()
             message = f"reading the index of {storage.name} failed: {describe(error)}"
             failure = FileFailure(label, "", type(error).__name__, message)
             return RestoreReport(failures=(failure,), duration_s=clock() - started)
-        nobody_else = found is not None and found.writer == options.writer
         # On the disk where the directories are, so that a finished file only has to be linked.
         staging = f"{manifest_path}.restoring-{manifest.run_id}"
         for left in glob.glob(f"{glob.escape(manifest_path)}.restoring-*"):
             shutil.rmtree(left, ignore_errors=True)  # of a restore that was killed
         restorer = _Restorer(roots, storage, manifest, limits, label, staging)
         report = restorer.bring_back(index, nobody_else=nobody_else)
+        manifest.see(stored)
         return replace(
             report,
             from_index=found is not None,
