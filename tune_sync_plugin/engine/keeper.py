@@ -6,8 +6,8 @@ during a long one; it is read once per manifest, or each time where several node
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from tune_sync_plugin.engine import index as indexes
@@ -53,11 +53,18 @@ class IndexKeeper:
     warnings: list[str] = field(default_factory=list)
     _readable: bool = True
 
-    def meet(self) -> dict[str, Reason]:
-        """What storage has that the manifest has no record of, and what to do about each."""
+    def meet(self, paths: Iterable[str]) -> dict[str, Reason]:
+        """What storage has that the manifest has no record of, and what to do about each.
+
+        Args:
+            paths: The files that are here.
+        """
         unrecorded: dict[str, Reason] = {}
         if not self.manifest.knows_index:
             found = self._read()
+            if not self._readable:
+                # Whatever is there may be somebody else's.
+                return dict.fromkeys(paths, Reason.FOREIGN)
             # Written from this disk: not somebody else's files, but ours from before the manifest
             # was lost.
             if found and found.writer == self.indexing.writer:
@@ -66,6 +73,9 @@ class IndexKeeper:
         return unrecorded | dict.fromkeys(foreign, Reason.FOREIGN)
 
     def _read(self) -> Index | None:
+        # Reading that hangs must leave time for the files themselves.
+        now = self.limits.clock()
+        limits = replace(self.limits, deadline=now + (self.limits.deadline - now) / 3)
         try:
             found = once(
                 lambda: indexes.read_or_rebuild(
@@ -74,7 +84,7 @@ class IndexKeeper:
                     self.indexing.drivers,
                     self.warnings.append,
                 ),
-                self.limits,
+                limits,
             )
         except BaseException as error:
             self._readable = False

@@ -125,7 +125,7 @@ def _plan(
     known = manifest.load()
     unrecorded: dict[str, Reason] = {}
     if any(path not in known for path in scanned.files):
-        unrecorded = keeper.meet() if keeper else {}
+        unrecorded = keeper.meet(scanned.files) if keeper else {}
         if manifest.damaged:
             unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
     return make_plan(scanned.files, known, unrecorded, has_directories=storage.has_directories)

@@ -78,7 +78,7 @@ class Transfer:
                 same = Record(source.fingerprint, upload.checksum, racy, root)
                 return Outcome(upload, same=same)
             may_be_there = upload.reason in (Reason.FOREIGN, Reason.UNRECORDED)
-            if may_be_there and (theirs := self.storage.stat(path)):
+            if may_be_there and (theirs := self._look(path)):
                 checksum = checksum_of(source.chunks())
                 if self._holds(path, theirs, source.size, checksum):
                     health.succeeded()
@@ -90,6 +90,16 @@ class Transfer:
             stored = Record(source.fingerprint, source.checksum, racy, root)
         health.succeeded()
         return Outcome(upload, stored=stored, set_aside=set_aside)
+
+    def _look(self, path: str) -> Stat | None:
+        try:
+            return self.storage.stat(path)
+        except PermissionError as error:
+            self._may_not_look(error)
+            return None  # credentials that may only write must do
+
+    def _may_not_look(self, error: PermissionError) -> None:
+        self.unchecked = f"storage takes files but does not let them be looked at: {error}"
 
     def _set_aside(self, path: str, theirs: Stat) -> str:
         for number in itertools.count(1):
@@ -110,7 +120,7 @@ class Transfer:
         try:
             found = self.storage.stat(path)
         except PermissionError as error:
-            self.unchecked = f"storage takes files but does not let them be looked at: {error}"
+            self._may_not_look(error)
             return
         if found is None:
             raise OSError(f"storage accepted {posixpath.basename(path)} but does not have it")
@@ -129,4 +139,7 @@ class Transfer:
             return False
         if self._etags_tell and etag_matches(checksum, found.etag):
             return True
-        return checksum_of(self.storage.read(path), like=checksum) == checksum
+        try:
+            return checksum_of(self.storage.read(path), like=checksum) == checksum
+        except PermissionError:
+            return False  # as far as anybody can tell
