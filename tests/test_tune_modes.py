@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 import tempfile
 import textwrap
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +166,12 @@ def test_asha(storage: Path) -> None:
     assert not callback.report.failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse_actors", [False, True])
-def test_pbt_mixes_nothing_up(storage: Path, reuse_actors: bool) -> None:
+def test_pbt_mixes_nothing_up(
+    storage: Path, reuse_actors: bool, figure: Callable[..., None]
+) -> None:
+    """Trials pause, go on elsewhere and from each other's checkpoints; their logs stay theirs."""
     callback = SyncCallback()
     scheduler = PopulationBasedTraining(
         metric="score",
@@ -173,26 +180,79 @@ def test_pbt_mixes_nothing_up(storage: Path, reuse_actors: bool) -> None:
         perturbation_interval=2,
         hyperparam_mutations={"rate": tune.uniform(0, 1)},
         quantile_fraction=0.5,
+        synch=True,
     )
     results = tune.Tuner(
         _train_pbt,
-        param_space={"x": tune.grid_search([1, 2, 3, 4]), "rate": 0.5, "steps": 5},
+        param_space={"x": tune.grid_search([1, 2, 3, 4]), "rate": 0.5},
         tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=reuse_actors),
-        run_config=run_config(storage, callback),
+        run_config=run_config(
+            storage,
+            callback,
+            stop={"training_iteration": 10},
+            # Neither a period nor a checkpoint brings a line in time: only the flush before a move.
+            sync_config=SyncConfig(
+                sync_artifacts=True, sync_period=300, sync_artifacts_on_checkpoint=False
+            ),
+        ),
     ).fit()
     assert not results.errors
+    assert scheduler._num_perturbations >= 6
+    assert len(callback.report.trials) == 4
+    moved = written = stored = 0
     for trial_id in callback.report.trials:
         (directory,) = (path for path in storage.glob(f"exp/*{trial_id}*") if path.is_dir())
-        names = [path.name for path in directory.glob("of_*.txt")]
-        assert names == [f"of_{trial_id}.txt"]
-    assert len(callback.report.trials) == 4
+        assert {path.name for path in directory.glob("*of_*.txt")} == {
+            f"of_{trial_id}.txt",
+            f"log2_of_{trial_id}.txt",
+        }
+        # Each line was reported with its result: the driver knows what must be there, in order.
+        rows = [json.loads(row) for row in (directory / "result.json").read_text().splitlines()]
+        reported = [row["line"] for row in rows]
+        assert len(reported) >= 10
+        assert all(line.split()[0] == trial_id for line in reported)
+        logs = [f"of_{trial_id}.txt", f"log2_of_{trial_id}.txt"]
+        if reuse_actors:
+            # In an actor that Ray has reset, get_trial_dir() names the working directory, in others
+            # it does not (Ray 2.60): this log is written in two places, of which one is synced.
+            logs.pop()
+        for log in logs:
+            lines = (directory / log).read_text().splitlines()
+            assert lines == reported
+        moved += len({line.split()[1] for line in reported}) > 1
+        written += sum(len(line) + 1 for line in reported)
+        stored += (directory / f"of_{trial_id}.txt").stat().st_size
+    if not reuse_actors:
+        assert moved, "no trial has changed nodes, so this proves nothing"
     assert not callback.report.failures
+    assert not callback.report.not_restored
+    figure(
+        f"PBT, reuse_actors={reuse_actors}",
+        written=written,
+        stored=stored,
+        more=f"{scheduler._num_perturbations} perturbations, {moved} of 4 trials moved",
+    )
 
 
 def _train_pbt(config: dict[str, Any]) -> None:
-    with open(f"of_{tune.get_context().get_trial_id()}.txt", "a") as out:
-        out.write("started\n")
-    train(config)
+    trial_id = tune.get_context().get_trial_id()
+    node = ray.get_runtime_context().get_node_id()[:8]
+    trial_dir = Path(tune.get_context().get_trial_dir())
+    start = 0
+    if checkpoint := tune.get_checkpoint():
+        with checkpoint.as_directory() as directory:
+            start = int(Path(directory, "step").read_text()) + 1
+    for step in itertools.count(start):
+        line = f"{trial_id} {node} {step} {uuid.uuid4().hex}"
+        for log in (Path(f"of_{trial_id}.txt"), trial_dir / f"log2_of_{trial_id}.txt"):
+            with log.open("a") as out:
+                out.write(f"{line}\n")
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, "step").write_text(str(step))
+            tune.report(
+                {"line": line, "score": config["x"] + config["rate"] * step},
+                checkpoint=tune.Checkpoint.from_directory(directory),
+            )
 
 
 def test_errors_and_retries(storage: Path, tmp_path: Path) -> None:
@@ -474,7 +534,9 @@ def test_two_callbacks_do_the_work_once(storage: Path, caplog: pytest.LogCapture
     assert second.report.trials == {}
 
 
-def test_one_interrupt_ends_gracefully_and_flushes(storage: Path) -> None:
+def test_one_interrupt_ends_gracefully_and_flushes(
+    storage: Path, figure: Callable[..., None]
+) -> None:
     script = textwrap.dedent(
         f"""
         import json, os, ray
@@ -493,6 +555,9 @@ def test_one_interrupt_ends_gracefully_and_flushes(storage: Path) -> None:
         tune.Tuner(
             train, param_space={{"steps": 1000, "sleep_s": 0.2}}, run_config=config
         ).fit()
+        disk = Path(ray._private.worker._global_node.get_session_dir_path())
+        (log,) = disk.glob("artifacts/*/exp/working_dirs/*/log.txt")
+        print("WRITTEN", log.stat().st_size, flush=True)
         print("SUMMARY", callback.report.summary(), flush=True)
         """
     )
@@ -520,3 +585,7 @@ def test_one_interrupt_ends_gracefully_and_flushes(storage: Path) -> None:
     assert "SUMMARY" in output, output
     assert len(xs(logs(storage))[0]) >= 5
     assert json.loads(next(storage.glob("exp/experiment_state-*.json")).read_text())
+    (written,) = (int(line.split()[1]) for line in output.splitlines() if "WRITTEN" in line)
+    (stored,) = (path.stat().st_size for path in storage.glob("exp/*/log.txt"))
+    assert stored == written
+    figure("driver gets SIGINT once", written=written, stored=stored)

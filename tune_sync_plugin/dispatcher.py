@@ -70,6 +70,8 @@ class _Place:
     # What ``submitted`` was when the target came here the last time.
     submitted_before: int = 0
     last_success: float | None = None
+    # How often the final flush begins anew when the task's process died.
+    spare_tries: int = 2
     last_report: SyncReport = SyncReport()
 
     def give_up_one(self) -> None:
@@ -299,6 +301,11 @@ class Dispatcher:
         message = event.message or "the sync task ended early"
         for _ in range(min(failed, len(batch.items))):
             target, place = batch.items.popleft()
+            if self._end < math.inf and place.spare_tries:
+                # Nothing would ask for it again. Its process was killed, perhaps for want of
+                # memory; or its node was, and the next try finds that out.
+                place.spare_tries -= 1
+                self._want(place, forced=True)
             self._finish(target, place, _failed(target.key, error, message))
         self._drop(batch, kill=False)
 

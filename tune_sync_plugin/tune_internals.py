@@ -194,6 +194,18 @@ def trial_actor(trial: Trial) -> Any | None:
     return trial.temporary_state.ray_actor
 
 
+def _name_one_trial_dir(path: str) -> None:
+    """Let ``get_trial_dir()`` name the same directory in a reused actor as in a fresh one.
+
+    Ray names the working directory after a reset: a trial that goes on would find its files gone,
+    and leave two of one name.
+    """
+    module = sys.modules.get("ray.train._internal.session")
+    session = module.get_session() if module else None  # a class trainable has none
+    if session is not None and getattr(session, "trial_info", None) is not None:
+        session.trial_info.logdir = path
+
+
 def attach(trainable: Any) -> tuple[str, list[str]]:
     """Take over a trial's artifacts; runs inside its actor, before its training code does.
 
@@ -205,6 +217,7 @@ def attach(trainable: Any) -> tuple[str, list[str]]:
     """
     context = trainable._storage
     os.makedirs(context.trial_driver_staging_path, exist_ok=True)
+    _name_one_trial_dir(context.trial_driver_staging_path)
     here = ray.get_runtime_context().get_node_id()
     nodes = {here}
     group = ray.util.get_current_placement_group()

@@ -38,7 +38,8 @@ class Settings:
     Attributes:
         storage_path: As Tune takes it.
         trainable: "function" or "class".
-        hold: While this file exists, trials stand still after step ``HOLD_AT``.
+        hold: While this file exists, trials stand still after step ``HOLD_AT``; once
+            it contains "late", they write a bit more there, after what was synced.
         restore: Whether to go on with what is there.
         temp_dir: Of a cluster of its own, which ends with the driver.
         address: Of a cluster to join instead.
@@ -68,8 +69,14 @@ def _write(config: dict[str, Any], step: int) -> None:
 def _hold(config: dict[str, Any]) -> None:
     if config["moves"] and Path(config["hold"]).exists():
         move_away_when_this_ends()
+    late = False
     while Path(config["hold"]).exists():
         time.sleep(0.05)
+        if not late and Path(config["hold"]).read_text() == "late":
+            late = True
+            with open("log.txt", "a") as out:
+                out.write(f"{config['x']}:late\n")
+            Path("late.bin").write_bytes(b"l" * 1000)
 
 
 def train_steps(config: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ during a long one; it is read once per manifest, or each time where several node
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from tune_sync_plugin.engine import index as indexes
@@ -69,6 +69,9 @@ class IndexKeeper:
             except BaseException:
                 return dict.fromkeys(paths, Reason.FOREIGN)
             found = self._read()
+            if not self._readable:
+                # Whatever is there may be somebody else's.
+                return dict.fromkeys(paths, Reason.FOREIGN)
             # Written from this disk: not somebody else's files, but ours from before the manifest
             # was lost.
             if found and found.writer == self.indexing.writer:
@@ -80,6 +83,9 @@ class IndexKeeper:
         return dict.fromkeys(foreign, Reason.FOREIGN) | unrecorded
 
     def _read(self) -> Index | None:
+        # Reading that hangs must leave time for the files themselves.
+        now = self.limits.clock()
+        limits = replace(self.limits, deadline=now + (self.limits.deadline - now) / 3)
         try:
             found = once(
                 lambda: indexes.read_or_rebuild(
@@ -88,7 +94,7 @@ class IndexKeeper:
                     self.indexing.drivers,
                     self.warnings.append,
                 ),
-                self.limits,
+                limits,
             )
         except BaseException as error:
             self._readable = False

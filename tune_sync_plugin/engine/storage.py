@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
 from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
+from tune_sync_plugin.errors import is_denied
 
 
 class Stat(NamedTuple):
@@ -142,7 +143,12 @@ def holds(storage: Storage, path: str, found: Stat, size: int, checksum: str) ->
     # One that differs may be that of an encrypted object.
     if etag_matches(checksum, found.etag):
         return True
-    return checksum_of(storage.read(path), like=checksum) == checksum
+    try:
+        return checksum_of(storage.read(path), like=checksum) == checksum
+    except Exception as error:
+        if is_denied(error):
+            return False  # as far as anybody can tell
+        raise
 
 
 class LocalStorage:

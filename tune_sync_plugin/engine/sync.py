@@ -29,6 +29,7 @@ _RECORD_EVERY_S = 0.2
 
 _TAKEN = "the driver keeps a file of this name there; rename yours"
 _OURS = "the name is that of our own book-keeping in storage; rename yours"
+_TWICE = "the working directory and the trial directory both have it; only the first one's is sent"
 _SUPERSEDED = "storage has one that is newer, from where the trial went on; this one is kept back"
 
 
@@ -99,6 +100,7 @@ def sync(
         del scanned.files[path]
         problem = FileExistsError(_OURS if is_ours(path) else _TAKEN)
         scanned.failures.append((path, problem))
+    scanned.failures += [(path, FileExistsError(_TWICE)) for path in scanned.conflicts]
     also = indexing.also if indexing else {}
     if scanned.is_empty and not also and not os.path.exists(manifest_path):
         # No manifest: its being there says that files of this have been here.
@@ -114,11 +116,6 @@ def sync(
         warnings = [manifest.warning] if manifest.warning else []
         warnings += keeper.warnings if keeper else []
         warnings += [transfer.unchecked] if transfer.unchecked else []
-        warnings += [
-            f"{path} exists in the working directory and in the trial directory; "
-            "the working directory's is synced"
-            for path in scanned.conflicts
-        ]
         return replace(report, warnings=(*report.warnings, *warnings), duration_s=clock() - started)
     finally:
         manifest.close()

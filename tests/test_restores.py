@@ -1,0 +1,139 @@
+"""Restores that are not what they should be: they fail, hang, are switched off, have no index."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ray import tune
+
+from tests.support.cluster import LocalCluster
+from tests.support.restarts import (
+    TRIAL_CPUS,
+    Place,
+    fit,
+    found_at,
+    lines,
+    remove_blockers,
+    train,
+)
+from tests.support.scenarios import Link
+
+
+@pytest.fixture(autouse=True)
+def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
+    yield
+    remove_blockers(cluster)
+
+
+def test_without_restore_nothing_comes_back_and_nothing_is_lost(
+    place: Place, figure: Callable[..., None]
+) -> None:
+    results, callback = fit(place, space={"fails_after": [4]}, restore_artifacts=False)
+    assert not results.errors
+    stored = place.artifacts()
+    first, second = found_at(place, 0), found_at(place, 5)
+    assert first[0] != second[0]
+    assert second[1:] == ([], ""), "nothing was there when it went on"
+    for log in ("log.txt", "log2.txt"):
+        assert stored[log] == lines(10, 5)
+        assert stored[f"{log}.before-1"] == lines(5)
+    assert "failed_after_4" in stored
+    assert callback.report.files_restored == 0
+    assert not callback.report.failures
+    figure(
+        f"restore_artifacts=False, {place.kind}",
+        written=2 * len(lines(10)),
+        stored=sum(len(content) for name, content in stored.items() if name.startswith("log")),
+    )
+
+
+# -- a restore that fails -----------------------------------------------------------------------
+
+
+def _train_two(config: dict[str, Any]) -> None:
+    """x=1 fails and moves; x=2 goes on beside it."""
+    if config["x"] == 1:
+        train({"fails_after": [4]})
+    else:
+        train({"steps": 40, "sleep_s": 0.3})
+
+
+def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    # The second one is small: wherever it is, the first one and a blocker beside it matter alone.
+    return tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS if config["x"] == 1 else 0.1}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["files", "everything"])
+@pytest.mark.parametrize(
+    ("action", "error"), [("status:403", "PermissionError"), ("hang", "TimeoutError")]
+)
+def test_a_restore_that_fails_ends_no_trial_and_overwrites_nothing(
+    link: Link,
+    what: str,
+    action: str,
+    error: str,
+    figure: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    place = Place.on_s3(link)
+    # The trial can still write, and read its checkpoints.
+    files = r"(log|attempt|failed)" if what == "files" else r"(?!checkpoint_)"
+    link.proxy.add_rule(rf"x=1[^/]*/{files}", action, method="GET")
+    results, callback = fit(
+        place,
+        trainable=_train_two,
+        space={"x": tune.grid_search([1, 2])},
+        resources=_resources,
+        sync_timeout=5,
+    )
+    link.proxy.clear_rules()
+    assert not results.errors
+    first, second = found_at(place, 0, "x=1"), found_at(place, 5, "x=1")
+    assert first[0] != second[0]
+    # An empty file needs no GET.
+    assert set(second[1]) <= {"failed_after_4"}
+    (trial_id,) = (r.metrics["trial_id"] for r in results if r.config["x"] == 1)
+    stored = place.artifacts("x=1")
+
+    # What had been stored is there, beside what was written since.
+    if callback.report.failures:  # nothing but time can be short, which is named
+        assert action == "hang"
+        assert {f.error for f in callback.report.failures} == {"TimeoutError"}
+    else:
+        assert stored["log.txt"] == lines(10, 5)
+        assert stored["log2.txt"] == lines(10, 5)
+    assert stored["log.txt.before-1"] == lines(5)
+    assert stored["log2.txt.before-1"] == lines(5)
+    assert "failed_after_4" in stored
+
+    failures = callback.report.not_restored
+    # pyarrow says OSError, with the cause in its text.
+    errors = {error, "OSError"} if error == "PermissionError" else {error}
+    assert failures
+    assert all(f.trial == trial_id and f.error in errors for f in failures)
+    if what == "files":
+        assert {f.path for f in failures} == {
+            "log.txt",
+            "log2.txt",
+            "attempt_at_0.txt",
+        }
+    said = [r for r in caplog.records if r.name.startswith("tune_sync_plugin")]
+    assert sum("restoring" in r.message or "reading the index" in r.message for r in said) == 1
+
+    # And the other trial did not notice.
+    times = [
+        float(found) for found in re.findall(rb'"at": ([\d.]+)', place.read("result.json", "x=2"))
+    ]
+    assert len(times) == 40
+    assert max(b - a for a, b in itertools.pairwise(times)) < 3
+    figure(
+        f"restore fails: {action} for {what}",
+        written=2 * len(lines(10)),
+        stored=sum(len(content) for name, content in stored.items() if name.startswith("log")),
+        more=f"not restored: {len(failures)} named",
+    )
