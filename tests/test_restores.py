@@ -26,7 +26,7 @@ from tests.support.scenarios import Link
 @pytest.fixture(autouse=True)
 def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
     yield
-    remove_blockers(cluster)
+    remove_blockers(cluster.node_ids)
 
 
 def test_without_restore_nothing_comes_back_and_nothing_is_lost(
