@@ -123,8 +123,10 @@ class Manifest:
     def _do_without(self, error: Exception) -> None:
         self._open(":memory:")
         self.damaged = True
+        # Without the names that an OSError brings along, which differ each time.
+        problem = getattr(error, "strerror", None) or error
         self.warning = (
-            f"the sync manifest {self._path} can't be used ({error}): every sync compares or "
+            f"the sync manifest {self._path} can't be used ({problem}): every sync compares or "
             "uploads everything again until Ray's session directory on this node is writable"
         )
 
