@@ -38,7 +38,7 @@ def trial_dirs(storage: Path) -> dict[str, Path]:
     (run,) = (path for path in storage.iterdir() if path.is_dir())
     assert (run / "tuner.pkl").is_file()
     assert list(run.glob("experiment_state-*.json"))
-    trials = [path for path in run.iterdir() if path.is_dir()]
+    trials = [path for path in run.iterdir() if path.is_dir() and path.name != ".tune_sync"]
     return {re.search(r"_lr=([\d.]+)_", path.name)[1]: path for path in trials}  # type: ignore[index]
 
 
@@ -46,7 +46,7 @@ def artifacts(trial_dir: Path) -> dict[str, bytes]:
     """All that a trial has in storage, but for its checkpoints and Ray's own files."""
     rays_own = re.compile(
         r"checkpoint_\d+/.*|events\.out\.tfevents\..*|params\.(json|pkl)|progress\.csv|result\.json"
-        r"|error\.(txt|pkl)"
+        r"|error\.(txt|pkl)|\.tune_sync/.*"
     )
     files = [path for path in trial_dir.rglob("*") if path.is_file()]
     contents = {path.relative_to(trial_dir).as_posix(): path.read_bytes() for path in files}
@@ -57,7 +57,9 @@ def number_synced(storage: Path) -> int:
     """Files in storage that the callback brought; the others Ray writes there directly."""
     names = [path.as_posix() for path in storage.rglob("*") if path.is_file()]
     return sum(
-        not re.search(r"/checkpoint_\d+/|/tuner\.pkl$|/\.validate_storage_marker$", name)
+        not re.search(
+            r"/checkpoint_\d+/|/tuner\.pkl$|/\.validate_storage_marker$|/\.tune_sync/", name
+        )
         for name in names
     )
 

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from tests.support.cluster import LocalCluster
-from tests.support.restarts import Place, fit, found_at, lines, remove_blockers
+from tests.support.restarts import Place, block, fit, found_at, lines, remove_blockers
 
 
 @pytest.fixture(autouse=True)
@@ -52,18 +52,24 @@ def test_a_log_goes_on_on_another_node(
     )
 
 
-def test_between_the_drivers_node_and_another(storage: Path, figure: Callable[..., None]) -> None:
+@pytest.mark.parametrize("start", ["the driver's node", "another"])
+def test_between_the_drivers_node_and_another(
+    storage: Path, start: str, figure: Callable[..., None]
+) -> None:
     """On the driver's node ``get_trial_dir()`` is part of the driver's own directory."""
     place = Place.in_directory(storage)
-    with LocalCluster(workers=1, head_num_cpus=2):
+    with LocalCluster(workers=1, head_num_cpus=2) as own:
+        other = own.node_ids[0] if start == "the driver's node" else own.head_node_id
+        ray.get(block(other).ping.remote())
         results, callback = fit(
             place, space={"fails_after": [4, 7]}, sync_artifacts_on_checkpoint=False
         )
         assert not results.errors
         check_attempts(place)
+        assert (found_at(place, 0)[0] == own.head_node_id) == (start == "the driver's node")
     assert place.read("log.txt") == lines(10)
     assert place.read("log2.txt") == lines(10)
     assert not callback.report.failures
     size = 2 * len(lines(10))
     stored = len(place.read("log.txt") + place.read("log2.txt"))
-    figure("trial raises twice, to and from the driver's node", written=size, stored=stored)
+    figure(f"trial raises twice, starts on {start}, moves", written=size, stored=stored)

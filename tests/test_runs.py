@@ -113,6 +113,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_two_experiments_of_one_name_at_once(storage: Path, figure: Callable[..., None]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("RAY_TMPDIR", None)

@@ -14,6 +14,8 @@ from typing import Any
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.index import Entry
 from tune_sync_plugin.engine.keeper import Indexing
+from tune_sync_plugin.engine.manifest import sent_below
+from tune_sync_plugin.engine.restore import RestoreOptions
 from tune_sync_plugin.engine.scan import scan
 from tune_sync_plugin.engine.storage import LocalStorage, Storage, storage_at
 from tune_sync_plugin.engine.sync import SyncOptions
@@ -125,9 +127,11 @@ class Directories:
             elif trial_dir not in self.roots:
                 self.roots.append(trial_dir)
             self.labels[trial_dir] = TRIAL_DIR
-        name = hashlib.sha256(self.storage.name.encode()).hexdigest()[:16]
-        readable = re.sub(r"[^\w.-]", "_", job.key)[:64]
-        self.manifest = os.path.join(here, _OUR_DIR, f"{readable}-{name}.sqlite")
+        self.manifest = _manifest(here, job.key, self.storage)
+        self._drivers_manifest = ""
+        if self._drivers:
+            experiment = storage_at(run.filesystem, run.destination)
+            self._drivers_manifest = _manifest(here, EXPERIMENT, experiment)
 
     def is_taken(self, path: str) -> bool:
         """Whether storage has this path from the driver, and not from the trial."""
@@ -159,6 +163,27 @@ class Directories:
         """The directories that artifacts come back to, by their labels."""
         trial_dirs = {label: root for root, label in self.labels.items()}
         return {"": self.roots[0], **trial_dirs}
+
+    def restoring(self, limit_s: float, *, without_index: bool) -> RestoreOptions:
+        """How to restore here."""
+        drivers = self._drivers
+        return RestoreOptions(
+            self._job.options.concurrency,
+            limit_s,
+            is_drivers,
+            without_index=without_index,
+            writer=self._node,
+            others_root=TRIAL_DIR if drivers else None,
+            others_sent=sent_below(self._drivers_manifest, os.path.basename(drivers))
+            if drivers
+            else {},
+        )
+
+
+def _manifest(here: str, key: str, storage: Storage) -> str:
+    name = hashlib.sha256(storage.name.encode()).hexdigest()[:16]
+    readable = re.sub(r"[^\w.-]", "_", key)[:64]
+    return os.path.join(here, _OUR_DIR, f"{readable}-{name}.sqlite")
 
 
 def _check_shared(run: Run) -> None:

@@ -17,7 +17,7 @@ import ray
 from tune_sync_plugin import runs, tune_internals
 from tune_sync_plugin.directories import Directories, Run, SyncJob
 from tune_sync_plugin.engine.pool import Limits, once
-from tune_sync_plugin.engine.restore import RestoreOptions, restore
+from tune_sync_plugin.engine.restore import restore
 from tune_sync_plugin.engine.storage import storage_at
 from tune_sync_plugin.engine.sync import sync
 from tune_sync_plugin.errors import describe
@@ -161,14 +161,8 @@ def _restore(restoring: Restoring) -> RestoreReport | None:
                 )
         # Something is left in any case: what held the flush up need not hold this up.
         left_s = max(job.options.timeout_s - (time.monotonic() - started), 10.0)
-        options = RestoreOptions(
-            job.options.concurrency,
-            left_s,
-            tune_internals.is_drivers,
-            # Where the run is ours from its start, no index means that nothing was sent.
-            without_index=run.facts.resumed,
-            writer=node,
-        )
+        # Where the run is ours from its start, no index means that nothing was sent.
+        options = place.restoring(left_s, without_index=run.facts.resumed)
         report = restore(place.to_restore(), place.storage, place.manifest, options, label=job.key)
         return replace(report, warnings=(*unflushed, *report.warnings))
     except Exception as error:

@@ -149,7 +149,12 @@ def move_away_when_this_ends() -> None:
     """Let the trial that calls this go on elsewhere than on this node."""
     node = ray.get_runtime_context().get_node_id()
     remove_blockers({other["NodeID"] for other in ray.nodes()} - {node})
-    _Blocker.options(
+    block(node)
+
+
+def block(node: str) -> Any:
+    """Leave no room for a trial on a node, as soon as there is room for this."""
+    return _Blocker.options(
         name=f"blocker-{node[:8]}",
         namespace="blockers",
         lifetime="detached",

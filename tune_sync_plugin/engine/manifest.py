@@ -13,6 +13,8 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
 
 from tune_sync_plugin.engine.index import Entry, Index
 from tune_sync_plugin.engine.plan import Record
@@ -34,11 +36,35 @@ CREATE TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 """
 
+_ALL_FILES = (
+    "SELECT path, size, mtime_ns, ctime_ns, inode, checksum, racy, root, uploading FROM files"
+)
+
 # ValueError: an error's own text may quote a damaged file, and not be decodable.
 _UNUSABLE = (sqlite3.Error, OSError, ValueError)
 
 # Equal to no real file's: what a path has while it is being uploaded.
 _UNFINISHED = Fingerprint(-1, -1, -1, -1)
+
+
+def sent_below(path: str, directory: str) -> dict[str, Record]:
+    """What another sync of this disk has sent from ``directory``, by paths relative to it.
+
+    Only looks: that one may be using its manifest, at ``path``, at the same time.
+    """
+    prefix = f"{directory}/"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as db:
+            rows = db.execute(f"{_ALL_FILES} WHERE substr(path, 1, ?) = ?", (len(prefix), prefix))
+            return {key.removeprefix(prefix): record for key, record in map(_record, rows)}
+    except _UNUSABLE:
+        return {}
+
+
+def _record(row: tuple[Any, ...]) -> tuple[str, Record]:
+    path, *facts, checksum, racy, root, uploading = row
+    fingerprint = _UNFINISHED if uploading else Fingerprint(*facts)
+    return path, Record(fingerprint, checksum, bool(racy), root)
 
 
 class Manifest:
@@ -151,16 +177,7 @@ class Manifest:
 
     def load(self) -> dict[str, Record]:
         """All records. A path whose upload never ended has one that no file matches."""
-        rows = self._db.execute(
-            "SELECT path, size, mtime_ns, ctime_ns, inode, checksum, racy, root, uploading "
-            "FROM files"
-        )
-        return {
-            path: Record(
-                _UNFINISHED if uploading else Fingerprint(*facts), checksum, bool(racy), root
-            )
-            for path, *facts, checksum, racy, root, uploading in rows
-        }
+        return dict(map(_record, self._db.execute(_ALL_FILES)))
 
     def interrupted(self) -> tuple[str, list[str]] | None:
         """The run id and the paths of an earlier sync that did not end as it should."""

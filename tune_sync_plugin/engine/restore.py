@@ -51,6 +51,9 @@ class RestoreOptions:
         without_index: Whether to bring back all that is listed and is an artifact by its name, if
             there is no index.
         writer: Names the disk that this runs on, as :class:`.keeper.Indexing` does.
+        others_root: The label of the directory whose files another sync sends from this disk, if
+            there is one. What comes back there is that one's to record.
+        others_sent: What that one has sent.
     """
 
     concurrency: int = 16
@@ -58,6 +61,8 @@ class RestoreOptions:
     drivers: Callable[[str], bool] = lambda path: False
     without_index: bool = True
     writer: str = ""
+    others_root: str | None = None
+    others_sent: Mapping[str, Record] = field(default_factory=dict)
 
 
 def restore(
@@ -123,7 +128,7 @@ def restore(
         staging = f"{manifest_path}.restoring-{manifest.run_id}"
         for left in glob.glob(f"{glob.escape(manifest_path)}.restoring-*"):
             shutil.rmtree(left, ignore_errors=True)  # of a restore that was killed
-        restorer = _Restorer(roots, storage, manifest, limits, label, staging)
+        restorer = _Restorer(roots, storage, manifest, limits, label, staging, options)
         report = restorer.bring_back(index, nobody_else=nobody_else)
         manifest.see(stored)
         return replace(
@@ -143,6 +148,19 @@ class _Fetch(NamedTuple):
 
 
 @dataclass
+class _Tally:
+    """What has come of it so far."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    foreign: dict[str, Entry] = field(default_factory=dict)
+    failures: list[FileFailure] = field(default_factory=list)
+    count: int = 0
+    size: int = 0
+    kept: int = 0
+    local: int = 0
+
+
+@dataclass
 class _Restorer:
     roots: Mapping[str, str]
     storage: Storage
@@ -150,6 +168,7 @@ class _Restorer:
     limits: Limits
     label: str
     staging: str
+    options: RestoreOptions
     _over: bool = field(default=False, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -157,54 +176,62 @@ class _Restorer:
         return self.roots.get(entry.root, self.roots[""])
 
     def bring_back(self, index: Index, *, nobody_else: bool) -> RestoreReport:
-        known = self.manifest.load()
-        failures: list[FileFailure] = []
-        fetches: list[_Fetch] = []
-        foreign: dict[str, Entry] = {}
-        kept = local = 0
-        for path, entry in index.entries.items():
-            fetch = _Fetch(path, entry, known.get(path))
-            try:
-                verdict = judge(path, self._root(entry), fetch.record, nobody_else=nobody_else)
-            except OSError as error:
-                foreign[path] = entry
-                failures.append(self._failure(fetch, error))
-                continue
-            if verdict is Verdict.REFUSED:
-                message = f"{self.storage.name} names {path!r}, which is no place in a directory"
-                failures.append(FileFailure(self.label, path, "ValueError", message))
-            elif verdict is Verdict.LOCAL:
-                local, foreign[path] = local + 1, entry
-            elif verdict is Verdict.KEPT:
-                kept += 1
-            else:
-                sent = verdict is Verdict.SENT
-                fetches.append(fetch if sent else fetch._replace(record=None))
+        """Do it; ``nobody_else`` says that nothing was sent since but from here."""
+        tally = _Tally()
+        fetches = self._choose(index, nobody_else, tally)
         # Small ones first: most of them are back, whatever happens to the rest.
         fetches.sort(key=lambda fetch: (fetch.entry.size or 0, fetch.path))
-
-        records: dict[str, Record] = {}
-        count = size = 0
         try:
             for fetch, result in run(fetches, self._fetch, self.limits):
-                if isinstance(result, Record):
-                    records[fetch.path] = result
-                    count, size = count + 1, size + result.fingerprint.size
-                elif result is Verdict.KEPT:
-                    kept += 1
-                elif result is Verdict.LOCAL:
-                    local, foreign[fetch.path] = local + 1, fetch.entry
-                elif isinstance(result, BaseException):
-                    foreign[fetch.path] = fetch.entry
-                    failures.append(self._failure(fetch, result))
+                self._take(fetch, result, tally)
         finally:
             with self._lock:
                 self._over = True
             shutil.rmtree(self.staging, ignore_errors=True)
-        self.manifest.disown(foreign)
-        self.manifest.record(records)
+        self.manifest.disown(tally.foreign)
+        self.manifest.record(tally.records)
         self.manifest.index_read(index)
-        return RestoreReport(count, size, kept, local, tuple(failures))
+        return RestoreReport(
+            tally.count, tally.size, tally.kept, tally.local, tuple(tally.failures)
+        )
+
+    def _choose(self, index: Index, nobody_else: bool, tally: _Tally) -> list[_Fetch]:
+        known = self.manifest.load()
+        fetches = []
+        for path, entry in index.entries.items():
+            others = entry.root == self.options.others_root
+            fetch = _Fetch(path, entry, (self.options.others_sent if others else known).get(path))
+            try:
+                verdict = judge(path, self._root(entry), fetch.record, nobody_else=nobody_else)
+            except OSError as error:
+                tally.foreign[path] = entry
+                tally.failures.append(self._failure(fetch, error))
+                continue
+            if verdict is Verdict.REFUSED:
+                message = f"{self.storage.name} names {path!r}, which is no place in a directory"
+                tally.failures.append(FileFailure(self.label, path, "ValueError", message))
+            elif verdict in (Verdict.LOCAL, Verdict.KEPT):
+                self._take(fetch, verdict, tally)
+            else:
+                replaces = verdict is Verdict.SENT
+                fetches.append(fetch if replaces else fetch._replace(record=None))
+        return fetches
+
+    def _take(self, fetch: _Fetch, result: object, tally: _Tally) -> None:
+        if isinstance(result, Record):
+            tally.count, tally.size = tally.count + 1, tally.size + result.fingerprint.size
+            if result.root == self.options.others_root:
+                tally.foreign[fetch.path] = Entry(root=result.root)
+            else:
+                tally.records[fetch.path] = result
+        elif result is Verdict.KEPT:
+            tally.kept += 1
+        elif result is Verdict.LOCAL:
+            tally.local += 1
+            tally.foreign[fetch.path] = fetch.entry
+        elif isinstance(result, BaseException):
+            tally.foreign[fetch.path] = fetch.entry
+            tally.failures.append(self._failure(fetch, result))
 
     def _failure(self, fetch: _Fetch, error: BaseException) -> FileFailure:
         message = f"restoring {self.storage.name}/{fetch.path} failed: {describe(error)}"
