@@ -80,6 +80,18 @@ def test_the_driver_itself_may_make_the_storage_path(node: Node) -> None:
     assert report.files_uploaded == 1
 
 
+def test_a_disk_that_takes_no_notes_does_not_keep_the_state_from_storage(node: Node) -> None:
+    (node.here / "tune_sync").touch()  # where the directory of our notes should be
+    node.write("driver_artifacts/t/result.json", "{}")
+    report = node.sync(
+        key=EXPERIMENT,
+        roots=("driver_artifacts",),
+        drivers_root="",
+    )
+    assert (report.failures, report.files_uploaded) == ((), 1)
+    assert "can't be used" in report.warnings[0]
+
+
 def test_a_missing_driver_directory_is_a_failure(node: Node) -> None:
     (failure,) = node.sync(key=EXPERIMENT, roots=("nowhere",), must_exist=True).failures
     assert "nowhere" in failure.message

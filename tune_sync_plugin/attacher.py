@@ -1,7 +1,7 @@
 """Attaches to trials as they start: from then on their artifacts are ours to sync and to restore.
 
 Attaching happens in the trial's own actor, before its training code runs. Here is decided what it
-is told, and taken in what it found out. Nothing here waits.
+is told, and taken in what it found out. Nothing here waits but the end.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Attacher:
         if not self._config.sync_artifacts or actor is None:
             return
         key = trial.trial_id
+        if key in self._attaching:
+            self._collect_attached()  # where it has been since the last step is not to be missed
         left = tuple(self._dispatcher.places(key))
         starts_again = left or self._resumed
         restoring: Restoring | None = None
@@ -132,6 +134,15 @@ class Attacher:
             self._leftovers = None
         if self._attaching:
             self._collect_attached()
+
+    def finish(self, timeout_s: float) -> float:
+        """Take in all there is: a run may be over before it knows what the last one left.
+
+        Returns the seconds that it waited for that, at most ``timeout_s``.
+        """
+        waited = self._leftovers.wait(timeout_s) if self._leftovers else 0.0
+        self.poll()
+        return waited
 
     def close(self) -> None:
         """Let go of whoever still waits."""

@@ -455,9 +455,10 @@ class Dispatcher:
     def flush(self, timeout_s: float) -> None:
         """One more sync of every place of every target; what is not done in time is named."""
         self._end = self._clock() + timeout_s
+        alive = self._executor.alive_nodes()  # once, however many places there are
         for target in self._targets.values():
             for place in target.places.values():
-                if self._is_settled(place):
+                if place.node_id not in alive and self._is_settled(place):
                     place.lost = True
                 self._want(place, forced=True)
             self._choose_anew(target)
@@ -478,15 +479,16 @@ class Dispatcher:
                     place.give_up_one()
                     self._unfinished(target, place, "not begun", timeout_s)
 
-    def _is_settled(self, place: _Place) -> bool:
-        """Whether the node is gone with nothing owed: scaled down when its trials were over."""
+    @staticmethod
+    def _is_settled(place: _Place) -> bool:
+        """Whether nothing is owed: its node may have been scaled down when its trials were over."""
         owes = (
             place.wanted
             or place.ended < place.submitted  # in a task, of which nothing has been heard yet
             or place.last_success is None
             or not place.last_report.complete
         )
-        return not owes and not self._is_alive(place.node_id, self._clock())
+        return not owes
 
     def _unfinished(self, target: _Target, place: _Place, state: str, timeout_s: float) -> None:
         message = (

@@ -76,6 +76,10 @@ class RayExecutor:
         )
         return task.remote(*arguments, self._run)
 
+    def share(self, argument: Any) -> Any:
+        """What to give to several calls in the argument's place: it is stored once for all."""
+        return ray.put(argument)
+
     def is_ready(self, reference: Any) -> bool:
         """Whether a call has ended."""
         return bool(ray.wait([reference], timeout=0)[0])

@@ -148,8 +148,10 @@ class Experiment:
         self._ending = True
         broken = []
         try:
-            self._attacher.poll()
-            self.dispatcher.flush(self._syncer.time_left())
+            timeout_s = self._syncer.time_left()
+            # The rest is for the flush, which syncs what that finds out.
+            waited = self._attacher.finish(timeout_s / 2)
+            self.dispatcher.flush(timeout_s - waited)
         except Exception as error:
             broken = [FileFailure("all trials", "", type(error).__name__, describe(error))]
         finally:

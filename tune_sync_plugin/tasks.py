@@ -6,6 +6,7 @@ cost every new worker process seconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -80,9 +81,11 @@ def _claim(place: Directories, run: Run) -> str | None:
         warning = runs.claim(place.storage, run.facts)
     except Exception:
         return None  # the sync meets the same obstacle, and reports it; the next one tries again
-    os.makedirs(os.path.dirname(place.claimed), exist_ok=True)
-    with open(place.claimed, "w"):
-        return warning
+    # Where the disk is full the next sync claims it again, which changes nothing.
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(place.claimed), exist_ok=True)
+        open(place.claimed, "w").close()
+    return warning
 
 
 def find_leftovers(jobs: Sequence[SyncJob], run: Run) -> list[str]:

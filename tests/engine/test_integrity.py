@@ -180,6 +180,23 @@ def test_a_name_that_is_taken_is_counted_on(inner: Storage, root: Path, manifest
     )
 
 
+def test_a_name_that_is_about_to_be_taken_is_counted_on(
+    inner: Storage, root: Path, manifest: Path
+) -> None:
+    one = Disk(root, manifest, inner)
+    fill(root, {"a": b"first"})
+    one.sync()
+    two = one.beside("node-2")
+    fill(two.root, {"a": b"second", "a.before-1": b"of the same name, and sent after it"})
+    two.sync(options=SyncOptions(timeout_s=20, concurrency=1))
+    found = contents(inner)
+    assert (found["a"], found["a.before-1"], found["a.before-2"]) == (
+        b"second",
+        b"of the same name, and sent after it",
+        b"first",
+    )
+
+
 def test_setting_aside_survives_an_error_and_is_told_of(
     inner: Storage, root: Path, manifest: Path, pauses: list[float]
 ) -> None:

@@ -763,3 +763,32 @@ class _Blind(Around):
 
     def stat(self, path: str) -> Stat | None:
         raise PermissionError(13, "no")
+
+
+def test_a_disk_that_comes_back_claims_the_index_each_time(one: Disk) -> None:
+    """Also if it did so before, and only contents change: else the other trusts its own records."""
+    two = one.beside("node-2")
+    fill(one.root, {"log": b"1"})
+    one.sync()
+    for disk, content in ((two, b"12"), (one, b"123"), (two, b"1234"), (one, b"12345")):
+        disk.restore()
+        assert (disk.root / "log").read_bytes() == content[:-1]
+        fill(disk.root, {"log": content})
+        disk.sync()
+    assert stored(one) == {"log": b"12345"}
+
+
+def test_what_came_from_elsewhere_is_no_more_ours_for_being_in_our_index(one: Disk) -> None:
+    fill(one.root, {"model": b"theirs"})
+    one.sync()
+    two = one.beside("node-2")
+
+    class Refusing(Around):
+        def read(self, path: str) -> Iterator[bytes]:
+            raise PermissionError(13, "as in an outage")
+
+    for written in ({"log": b"1"}, {"model": b"mine"}):
+        assert two.restore(Refusing(one.inner)).failures
+        fill(two.root, written)
+        two.sync()
+    assert stored(one) == {"model": b"mine", "model.before-1": b"theirs", "log": b"1"}

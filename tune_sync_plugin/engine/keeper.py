@@ -68,6 +68,8 @@ class IndexKeeper:
                 self.manifest.see(once(self.storage.files, self.limits))
             except BaseException:
                 return dict.fromkeys(paths, Reason.FOREIGN)
+            # What came from elsewhere is in an index of ours as well.
+            theirs = self.manifest.foreigners().keys() - self.manifest.load().keys()
             found = self._read()
             if not self._readable:
                 # Whatever is there may be somebody else's.
@@ -75,7 +77,7 @@ class IndexKeeper:
             # Written from this disk: not somebody else's files, but ours from before the manifest
             # was lost.
             if found and found.writer == self.indexing.writer:
-                unrecorded = dict.fromkeys(found.entries, Reason.UNRECORDED)
+                unrecorded = dict.fromkeys(found.entries.keys() - theirs, Reason.UNRECORDED)
         foreign = self.manifest.foreigners().keys() | self.manifest.seen()
         if self.manifest.index_writer not in (None, self.indexing.writer):
             # Others sent files, and may have been killed before they put them into the index.

@@ -248,6 +248,8 @@ class Manifest:
         """Take in the index in storage, or that there is none."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('index_read', '1')")
+            # Whoever wrote it since has to hear of us anew.
+            db.execute("DELETE FROM meta WHERE key = 'indexed_paths'")
             if index:
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('index_writer', ?)", [index.writer])
         self.meet(index.entries if index else {})

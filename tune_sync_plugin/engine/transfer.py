@@ -55,6 +55,8 @@ class Transfer:
     # may write but not read.
     _etags_tell: bool = field(default=True, init=False)
     unchecked: str | None = field(default=None, init=False)
+    # A file of this name may be about to be sent.
+    _planned: frozenset[str] = field(default=frozenset(), init=False)
     # By path, since a later try finds our own file where somebody else's was.
     _aside: dict[str, tuple[str, Stat]] = field(default_factory=dict, init=False)
 
@@ -63,6 +65,7 @@ class Transfer:
 
         What is not done at the deadline comes out with a ``TimeoutError``; see :mod:`.pool`.
         """
+        self._planned = frozenset(upload.entry.path for upload in uploads)
         for upload, result in run(uploads, self._upload, limits):
             if isinstance(result, Outcome):
                 yield result
@@ -96,6 +99,8 @@ class Transfer:
     def _set_aside(self, path: str, theirs: Stat) -> str:
         for number in itertools.count(1):
             name = f"{path}.before-{number}"
+            if name in self._planned:
+                continue
             found = self.storage.stat(name)
             if found is None:
                 self.storage.copy(path, name)
