@@ -71,10 +71,14 @@ class Attacher:
         self._attaching: dict[str, _Attaching] = {}
         self._gates = Gates()
         self._leftovers: Leftovers | None = None
+        self._drivers_sync: Callable[[], bool] = _at_once
 
     def look_for_leftovers(self, trials: list[Trial]) -> None:
         """Sync first what an earlier run of the experiment has left on this cluster's nodes."""
-        jobs = {trial.trial_id: self._job(trial) for trial in trials}
+        # Any of them may have been on several nodes: it is not known which was the last.
+        jobs = {trial.trial_id: replace(self._job(trial), shared=True) for trial in trials}
+        # Once for all of them, what trials on the driver's disk wrote to get_trial_dir().
+        self._drivers_sync = self._dispatcher.catch_up(EXPERIMENT)
         self._leftovers = Leftovers(self._executor, self._dispatcher, jobs)
 
     def trial_started(self, trial: Trial) -> None:
@@ -104,12 +108,13 @@ class Attacher:
 
     def _flush(self, key: str, left: tuple[str, ...]) -> Callable[[], bool]:
         # What a trial on the driver's disk wrote to get_trial_dir() goes with the driver's files.
-        with_drivers = self._resumed or self._here in left
-        keys = (key, EXPERIMENT) if with_drivers else (key,)
+        keys = (key, EXPERIMENT) if self._here in left else (key,)
         parts: list[Callable[[], bool]] = []
 
         def is_over() -> bool:
             if self._leftovers and not self._leftovers.collect():
+                return False
+            if not self._drivers_sync():
                 return False
             if not parts:
                 parts.extend(map(self._dispatcher.catch_up, keys))

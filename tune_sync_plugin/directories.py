@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_sync_plugin.engine.filters import Filter
-from tune_sync_plugin.engine.index import Entry
+from tune_sync_plugin.engine.index import OUR_DIRECTORY, Entry
 from tune_sync_plugin.engine.keeper import Indexing
 from tune_sync_plugin.engine.manifest import sent_below
 from tune_sync_plugin.engine.restore import RestoreOptions
@@ -21,7 +21,7 @@ from tune_sync_plugin.engine.storage import LocalStorage, Storage, storage_at
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT
 from tune_sync_plugin.runs import RunFacts
-from tune_sync_plugin.tune_internals import DRIVERS_NAMES, is_drivers
+from tune_sync_plugin.tune_internals import is_drivers, is_rays
 
 # Ours, beside Ray's `driver_artifacts` and `working_dirs` in a run's session directory.
 _OUR_DIR = "tune_sync"
@@ -136,8 +136,8 @@ class Directories:
     def is_taken(self, path: str) -> bool:
         """Whether storage has this path from the driver, and not from the trial."""
         if self._job.key == EXPERIMENT:
-            return False
-        return path in DRIVERS_NAMES or (
+            return f"/{OUR_DIRECTORY}/" in path  # a trial's index
+        return is_rays(path) or (
             self._drivers is not None and os.path.lexists(os.path.join(self._drivers, path))
         )
 

@@ -190,4 +190,4 @@ class Experiment:
 
 def _prepare(job: SyncJob, turn: Turn) -> SyncJob:
     options = replace(job.options, only_missing=turn.superseded)
-    return replace(job, options=options, forced=turn.forced, shared=turn.shared)
+    return replace(job, options=options, forced=turn.forced, shared=job.shared or turn.shared)

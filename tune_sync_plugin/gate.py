@@ -8,6 +8,7 @@ has no object whose value comes later. So a tiny actor waits in its stead.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from typing import Any
 
@@ -45,6 +46,7 @@ class Gates:
     def __init__(self) -> None:
         self._actor: Any = None
         self._keys: dict[Any, int] = {}
+        self._numbers = itertools.count()
 
     def promise(self) -> Any:
         """A reference that becomes ready when it is given to :meth:`open`."""
@@ -62,16 +64,16 @@ class Gates:
                 )
                 .remote()
             )
-        key = len(self._keys)
+        key = next(self._numbers)
         reference = self._actor.wait.remote(key)
         self._keys[reference] = key
         return reference
 
     def open(self, promise: Any) -> None:
         """Fulfil a promise. One that is fulfilled, or was given up by :meth:`close`, stays so."""
-        if self._actor is None:
+        if self._actor is None or promise not in self._keys:
             return
-        self._actor.open.remote(self._keys[promise])
+        self._actor.open.remote(self._keys.pop(promise))
 
     def close(self) -> None:
         """End the actor; whoever still waits is let through with an error."""

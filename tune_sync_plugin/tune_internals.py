@@ -167,8 +167,15 @@ DRIVERS_NAMES = frozenset(
     ("error.pkl", "error.txt", "params.json", "params.pkl", "progress.csv", "result.json")
 )
 
+# How Ray names checkpoints there.
+_CHECKPOINT = re.compile(r"checkpoint_\d{6}/")
 # What else the driver's default callbacks and checkpointing put there.
 _NO_ARTIFACTS = re.compile(r"checkpoint_[^/]*/|events\.out\.tfevents\.")
+
+
+def is_rays(path: str) -> bool:
+    """Whether Ray itself writes to this path in a trial's directory, so that a trial may not."""
+    return path in DRIVERS_NAMES or bool(_CHECKPOINT.match(path))
 
 
 def is_drivers(path: str) -> bool:

@@ -11,12 +11,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.engine.fakes import Around, Killing, ObjectStorage, tree
-from tests.engine.support import Disk
+from tests.engine.support import Disk, fill
 from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine import sync as sync_module
 from tune_sync_plugin.engine.index import is_ours
@@ -161,6 +162,24 @@ class MovesOnObjects(Moves):
     def stored(self) -> dict[str, bytes]:
         contents = ObjectStorage(self.base / "storage").contents()
         return {path: content for path, content in contents.items() if not is_ours(path)}
+
+
+@pytest.mark.parametrize("objects", [False, True])
+def test_a_disk_that_was_left_writes_on(tmp_path: Path, objects: bool) -> None:
+    """A second process of the trial, a logger that is late: both versions are kept."""
+    store = ObjectStorage(tmp_path / "o") if objects else LocalStorage(str(tmp_path / "s"))
+    one = Disk(fill(tmp_path / "one", {"log": b"1"}), tmp_path / "m1" / "m.sqlite", store, "A")
+    one.sync()
+    two = one.beside("B")
+    two.restore()
+    fill(two.root, {"log": b"1 2 3"})
+    two.sync(shared=True)
+    fill(one.root, {"log": b"1 late"})
+    report = one.sync(shared=True)
+    assert report.complete
+    stored = [b"".join(store.read(path)) for path in store.files() if not is_ours(path)]
+    assert sorted(stored) == [b"1 2 3", b"1 late"]
+    assert "kept" in report.warnings[0]
 
 
 _SETTINGS = settings(

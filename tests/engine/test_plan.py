@@ -56,12 +56,12 @@ def test_one_file(local: Fingerprint, known: Record | None, reason: Reason | Non
     assert result.removals == []
 
 
-def test_only_what_has_to_be_compared_carries_a_checksum() -> None:
+def test_what_was_sent_is_known_to_whoever_compares() -> None:
     known = {"racy": Record(OLD, "r", racy=True), "changed": Record(UNFINISHED.fingerprint, "c")}
     result = plan({"racy": OLD, "changed": OLD}, known)
-    assert {upload.entry.path: upload.checksum for upload in result.uploads} == {
+    assert {upload.entry.path: upload.sent.checksum for upload in result.uploads} == {
         "racy": "r",
-        "changed": "",
+        "changed": "c",
     }
 
 

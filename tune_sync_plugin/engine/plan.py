@@ -36,11 +36,11 @@ class Reason(Enum):
 
 
 class Upload(NamedTuple):
-    """A file to upload; ``checksum`` is what storage holds if that has to be compared first."""
+    """A file to upload; ``sent`` is what storage holds by the manifest, if anything."""
 
     entry: FileEntry
     reason: Reason
-    checksum: str = ""
+    sent: Record = Record(Fingerprint(-1, -1, -1, -1))
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def make_plan(
         elif new != record.fingerprint:
             old = record.fingerprint
             grew = new.inode == old.inode and new.size > old.size
-            uploads.append(Upload(entry, Reason.APPENDED if grew else Reason.CHANGED))
+            uploads.append(Upload(entry, Reason.APPENDED if grew else Reason.CHANGED, record))
         elif record.racy or new.is_racy(scanned_ns):
-            uploads.append(Upload(entry, Reason.UNPROVEN, record.checksum))
+            uploads.append(Upload(entry, Reason.UNPROVEN, record))
         else:
             files_unchanged += 1
             bytes_unchanged += new.size

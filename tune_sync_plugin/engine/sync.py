@@ -27,10 +27,10 @@ _INDEX_EVERY_S = 10.0
 # Records are written at least this often, so a killed sync repeats at most so much work.
 _RECORD_EVERY_S = 0.2
 
-_TAKEN = "the driver keeps a file of this name there; rename yours"
+_TAKEN = "Ray or the driver keeps a file of this name there; rename yours"
 _OURS = "the name is that of our own book-keeping in storage; rename yours"
 _TWICE = "the working directory and the trial directory both have it; only the first one's is sent"
-_SUPERSEDED = "storage has one that is newer, from where the trial went on; this one is kept back"
+_SUPERSEDED = "storage has another, from where the trial went on; this one is kept back"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,13 @@ def sync(
         plan = _plan(scanned, storage, manifest, keeper, limits)
         if options.only_missing:
             plan = _without_existing(plan, storage, scanned, limits)
-        transfer = Transfer(storage, manifest.run_id, scanned.started_ns, options.read_back)
+        transfer = Transfer(
+            storage,
+            manifest.run_id,
+            scanned.started_ns,
+            options.read_back,
+            shared=indexing is not None and indexing.shared,
+        )
         report = _Sync(storage, manifest, keeper, limits, label).carry_out(plan, scanned, transfer)
         warnings = [manifest.warning] if manifest.warning else []
         warnings += keeper.warnings if keeper else []
@@ -132,8 +138,7 @@ def _plan(
     unrecorded: dict[str, Reason] = {}
     unknown = [p for p in scanned.files if p not in known or known[p].fingerprint.size < 0]
     if unknown:
-        new = [path for path in unknown if path not in known]
-        unrecorded = keeper.meet(new) if keeper else {}
+        unrecorded = keeper.meet(unknown) if keeper else {}
         if manifest.damaged:
             unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
     return make_plan(
@@ -285,7 +290,7 @@ def _compare(upload: Upload, storage: Storage) -> bool | None:
     if not found:
         return None
     with Source(upload.entry) as source:
-        if upload.reason is Reason.UNPROVEN and source.matches(upload.checksum):
+        if upload.reason is Reason.UNPROVEN and source.matches(upload.sent.checksum):
             return True  # it was sent; what is there now is newer, and this no loss
         checksum = checksum_of(source.chunks())
         return holds(storage, upload.entry.path, found, source.size, checksum)

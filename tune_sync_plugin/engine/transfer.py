@@ -43,6 +43,7 @@ class Transfer:
         storage: Where to.
         run_id: Names this sync in the names of temporary files.
         scanned_ns: When the files were scanned, in nanoseconds since the epoch.
+        shared: Whether others may have overwritten what was sent from here.
         read_back: Whether to read each upload back and compare contents, where storage offers no
             checksum of its own.
     """
@@ -51,6 +52,7 @@ class Transfer:
     run_id: str
     scanned_ns: int
     read_back: bool = False
+    shared: bool = False
     # Learned on the way: encrypted objects have ETags that are no checksums, and some credentials
     # may write but not read.
     _etags_tell: bool = field(default=True, init=False)
@@ -78,23 +80,37 @@ class Transfer:
         path, root = upload.entry.path, upload.entry.root
         with Source(upload.entry) as source:
             racy = source.fingerprint.is_racy(self.scanned_ns)
-            if upload.reason is Reason.UNPROVEN and source.matches(upload.checksum):
-                same = Record(source.fingerprint, upload.checksum, racy, root)
+            sent = upload.sent
+            if upload.reason is Reason.UNPROVEN and source.matches(sent.checksum):
+                same = Record(source.fingerprint, sent.checksum, racy, root)
                 return Outcome(upload, same=same)
-            may_be_there = upload.reason in (Reason.FOREIGN, Reason.UNRECORDED)
-            may_be_there = may_be_there and path not in self._aside
-            if may_be_there and (theirs := self.storage.stat(path)):
+            found = self._found(upload)
+            if found:
                 checksum = checksum_of(source.chunks())
-                if holds(self.storage, path, theirs, source.size, checksum):
+                if holds(self.storage, path, found, source.size, checksum):
                     health.succeeded()
                     return Outcome(upload, same=Record(source.fingerprint, checksum, racy, root))
-                if upload.reason is Reason.FOREIGN:
-                    self._aside[path] = (self._set_aside(path, theirs), theirs)
+                if upload.reason is not Reason.UNRECORDED:
+                    self._aside[path] = (self._set_aside(path, found), found)
             self.storage.write(path, source, self.run_id)
             self._check(path, source)
             stored = Record(source.fingerprint, source.checksum, racy, root)
         health.succeeded()
         return Outcome(upload, stored=stored, set_aside=self._aside.get(path))
+
+    def _found(self, upload: Upload) -> Stat | None:
+        """What storage has under the path, if that may be anything but what was sent from here."""
+        path, sent = upload.entry.path, upload.sent
+        if path in self._aside:
+            return None  # an earlier try has looked
+        if upload.reason in (Reason.FOREIGN, Reason.UNRECORDED):
+            return self.storage.stat(path)
+        if not self.shared or upload.reason is Reason.NEW:
+            return None
+        found = self.storage.stat(path)
+        if found and found.size == sent.fingerprint.size:
+            return found if etag_matches(sent.checksum, found.etag) is False else None
+        return found
 
     def _set_aside(self, path: str, theirs: Stat) -> str:
         for number in itertools.count(1):
