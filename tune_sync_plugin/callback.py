@@ -10,6 +10,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from traceback import format_exc
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,7 +19,7 @@ from ray import tune
 from tune_sync_plugin import tune_internals
 from tune_sync_plugin.config import resolve
 from tune_sync_plugin.driver_syncer import DriverSyncer
-from tune_sync_plugin.errors import SyncError, describe
+from tune_sync_plugin.errors import SyncError, describe, redact
 from tune_sync_plugin.experiment import Experiment
 from tune_sync_plugin.report import ExperimentReport
 
@@ -47,7 +48,7 @@ def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
                 "Training goes on; files may arrive late. "
                 f"{type(error).__name__}: {describe(error)}",
             )
-            logger.debug("SyncCallback.%s failed", hook.__name__, exc_info=True)
+            logger.debug("SyncCallback.%s failed: %s", hook.__name__, redact(format_exc()))
 
     return guarded
 

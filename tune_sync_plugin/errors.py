@@ -113,7 +113,12 @@ _SECRETS = re.compile(
 )
 
 
+def redact(text: str) -> str:
+    """A text with the credentials in its URLs blanked out."""
+    return _SECRETS.sub(r"\1\2***", text)
+
+
 def describe(error: BaseException) -> str:
     """One line about an error, with credentials in URLs blanked out."""
     text = " ".join(_text(error).split()) or type(error).__name__
-    return _SECRETS.sub(r"\1\2***", text)[:500]
+    return redact(text)[:500]

@@ -57,9 +57,9 @@ class RayExecutor:
         """End the task's worker process."""
         try:
             ray.cancel(handle, force=True)
-        except Exception:
+        except Exception as error:
             # Nobody is there to be killed, or to tell: nothing that the caller could do.
-            logger.debug("killing a sync task failed", exc_info=True)
+            logger.debug("killing a sync task failed: %s", describe(error))
 
     def wait(self, handles: Sequence[Any], timeout_s: float) -> None:
         """Return when one of them has something to report, or after the timeout."""

@@ -15,6 +15,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tune_sync_plugin.errors import describe
+
 logger = logging.getLogger(__name__)
 
 
@@ -80,6 +82,6 @@ class Gates:
         if self._actor is not None:
             try:
                 ray.kill(self._actor)
-            except Exception:
-                logger.debug("ending the gates' actor failed", exc_info=True)
+            except Exception as error:
+                logger.debug("ending the gates' actor failed: %s", describe(error))
             self._actor = None

@@ -24,6 +24,8 @@ from tune_sync_plugin.report import FileFailure, SyncReport
 
 # So often a long sync writes the index, so that a killed one's files can be found.
 _INDEX_EVERY_S = 10.0
+# So many failures of one sync are named; the rest are counted.
+_MOST_FAILURES = 1000
 # Records are written at least this often, so a killed sync repeats at most so much work.
 _RECORD_EVERY_S = 0.2
 
@@ -180,6 +182,7 @@ class _Sync:
     files_same: int = 0
     bytes_same: int = 0
     timed_out: bool = False
+    _failed: int = 0
 
     def carry_out(self, plan: Plan, scanned: Scan, transfer: Transfer) -> SyncReport:
         self.files_same, self.bytes_same = plan.files_unchanged, plan.bytes_unchanged
@@ -198,6 +201,9 @@ class _Sync:
                 self._fail("writing of the index", INDEX, unwritten)
                 # It may still arrive, and must not do so after a later one.
                 self.timed_out |= isinstance(unwritten, TimeoutError)
+        if self._failed > _MOST_FAILURES:
+            more = f"{self._failed - _MOST_FAILURES} more files were not synced"
+            self.failures.append(FileFailure(self.label, "", "SyncError", more))
         files_stored, bytes_stored = self.manifest.stored()
         warnings = []
         if self.aside:
@@ -261,6 +267,9 @@ class _Sync:
             self.manifest.meet(self.aside)
 
     def _fail(self, operation: str, path: str, error: BaseException) -> None:
+        self._failed += 1
+        if self._failed > _MOST_FAILURES:
+            return  # a report travels, and stays in the driver's memory
         message = f"{operation} {self.storage.name}/{path} failed: {describe(error)}"
         self.failures.append(FileFailure(self.label, path, _kind(error), message))
 
