@@ -347,6 +347,7 @@ class _Experiment:
             )
             return
         self._report.not_attached.pop(trial.trial_id, None)
+        tune_internals.end_rays_sync(trial)
         if attached.restored:
             self._restored(trial.trial_id, attached.restored)
         job = self._job(trial, attached.logdir)

@@ -194,6 +194,16 @@ def trial_actor(trial: Trial) -> Any | None:
     return trial.temporary_state.ray_actor
 
 
+def end_rays_sync(trial: Trial) -> None:
+    """Turn Ray's artifact sync off in the actors that this trial has from now on.
+
+    With ``reuse_actors`` Ray starts some that it stops again without ever telling a callback. As it
+    stops them each uploads the trial's directory on its node, however old, over what we have sent.
+    """
+    storage = trial.storage
+    storage.sync_config = dataclasses.replace(storage.sync_config, sync_artifacts=False)
+
+
 def _name_one_trial_dir(path: str) -> None:
     """Let ``get_trial_dir()`` name the same directory in a reused actor as in a fresh one.
 
