@@ -87,7 +87,7 @@ def _nodes(_mortal: LocalCluster) -> Nodes:
 def nodes(_mortal: LocalCluster, _nodes: Nodes) -> Iterator[Nodes]:
     _nodes.restock()
     yield _nodes
-    remove_blockers(_mortal)
+    remove_blockers(_mortal.node_ids)
 
 
 def _note_where() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +20,15 @@ from tests.support.restarts import (
     fit,
     found_at,
     lines,
+    move_away_when_this_ends,
+    note_start,
     remove_blockers,
+    report_step,
+    start_step,
     train,
 )
 from tests.support.scenarios import Link
+from tune_sync_plugin import SyncCallback
 
 
 @pytest.fixture(autouse=True)
@@ -136,4 +144,105 @@ def test_a_restore_that_fails_ends_no_trial_and_overwrites_nothing(
         written=2 * len(lines(10)),
         stored=sum(len(content) for name, content in stored.items() if name.startswith("log")),
         more=f"not restored: {len(failures)} named",
+    )
+
+
+# -- an experiment that Ray alone synced --------------------------------------------------------
+
+
+def _train_by_ray(config: dict[str, Any]) -> None:
+    """Fails after step 4 and goes on elsewhere.
+
+    Nothing for ``get_trial_dir()``: without us that directory is on the driver's node only.
+    """
+    start = start_step()
+    note_start(start)
+    if start == 0:
+        Path("sub").mkdir()
+        Path("sub/once.txt").write_text("once")
+    for step in range(start, 10):
+        with open("log.txt", "a") as out:
+            out.write(f"{step}\n")
+        report_step(step)
+        if step == 4:
+            move_away_when_this_ends()
+            time.sleep(0.5)
+            raise RuntimeError("as asked, after 4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "by"),
+    [
+        ("new cluster", "Tuner.restore"),
+        ("new cluster", "tune.run"),
+        ("same cluster", "Tuner.restore"),
+    ],
+)
+def test_what_ray_alone_synced_comes_back_by_a_listing(
+    place: Place, where: str, by: str, figure: Callable[..., None]
+) -> None:
+    trainable = tune.with_resources(_train_by_ray, {"CPU": TRIAL_CPUS})
+    tuner = tune.Tuner(
+        trainable,
+        run_config=tune.RunConfig(
+            name="exp",
+            storage_path=place.storage_path,
+            sync_config=tune.SyncConfig(sync_artifacts=True, sync_period=0),
+            verbose=0,
+        ),
+    )
+    with contextlib.ExitStack() as stack:
+        if where == "new cluster":
+            stack.enter_context(LocalCluster(workers=1))
+        (failed,) = tuner.fit().errors
+    assert "as asked, after 4" in str(failed)
+    before = place.artifacts()
+    assert before.keys() == {"log.txt", "sub/once.txt", "attempt_at_0.txt"}
+    assert before["log.txt"] == lines(5)  # with the checkpoint
+    beside = {name.split("/", 2)[2] for name in place.names() if name.count("/") > 1}
+    assert {"result.json", "params.json", "error.txt", "checkpoint_000004/step"} <= beside
+    assert not any(".tune_sync" in name for name in beside)
+
+    callback = SyncCallback()
+    if by == "Tuner.restore":
+        path, query, options = place.storage_path.partition("?")
+        restored = tune.Tuner.restore(
+            f"{path}/exp{query}{options}", trainable=trainable, resume_errored=True
+        )
+        # There is no public way to give a restored Tuner a callback.
+        restored._local_tuner.get_run_config().callbacks = [callback]
+        assert not restored.fit().errors
+    else:
+        trials = tune.run(
+            trainable,
+            name="exp",
+            storage_path=place.storage_path,
+            resume="AUTO+ERRORED",
+            sync_config=tune.SyncConfig(sync_artifacts=True),
+            callbacks=[callback],
+            verbose=0,
+        ).trials
+        assert [trial.status for trial in trials] == ["TERMINATED"]
+
+    first, second = found_at(place, 0), found_at(place, 5)
+    assert first[0] != second[0]
+    assert set(second[1]) == before.keys(), "artifacts, and nothing else"
+    assert second[2].encode() == before["log.txt"]
+    stored = place.artifacts()
+    assert stored.keys() == before.keys() | {"attempt_at_5.txt"}
+    for name, content in before.items():
+        assert stored[name] == content + (lines(10, 5) if name == "log.txt" else b"")
+    (trial,) = callback.report.trials.values()
+    (report,) = trial.restored
+    # In the same cluster what lies on the old node is synced first, by which there is an index.
+    assert report.from_index == (where == "same cluster")
+    assert report.files_restored == len(before)
+    assert not report.failures
+    assert not callback.report.failures
+    figure(
+        f"Ray's own sync, then {by} with ours, {where}, {place.kind}",
+        written=len(lines(10)),
+        stored=len(stored["log.txt"]),
+        more=f"{report.files_restored} files restored by a listing",
     )

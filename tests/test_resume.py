@@ -216,6 +216,56 @@ def test_a_killed_driver_changes_nothing_about_the_result(
     figure(f"driver SIGKILLed, new cluster, {trainable}, {kind}", written=written, stored=stored)
 
 
+@pytest.mark.slow
+def test_a_killed_driver_that_had_no_callback(
+    whole: Any, hold: Path, storage: Path, figure: Callable[..., None]
+) -> None:
+    """What Ray's own sync brought up by then comes back by a listing, in a new cluster."""
+    trainable, reference, reference_report = whole
+    place = Place.in_directory(storage)
+    settings = Settings(place.storage_path, trainable, str(hold), by_ray=True)
+
+    def stands_still() -> bool:
+        return (
+            len(names := _trials(place).values()) == 2
+            and _steps_in_state(place) == [HOLD_AT] * 2
+            and all(place.peek(f"model_{HOLD_AT}.bin", name) for name in names)
+            and all(f":{HOLD_AT}\n".encode() in place.peek("log.txt", name) for name in names)
+        )
+
+    with Driver(settings) as driver:
+        wait_until(lambda: driver.is_over() or stands_still(), 90)
+        driver.kill()
+    hold.unlink()
+    assert not any(".tune_sync" in name for name in place.names())
+    at_kill = {x: place.artifacts(name) for x, name in _trials(place).items()}
+    with Driver(dataclasses.replace(settings, restore=True)) as driver:
+        report = driver.report()
+
+    assert not report["errors"]
+    # A listing does not tell what was written to get_trial_dir(): it comes back to the working
+    # directory, and where training goes on with it in the other one, that is said.
+    beside = ["log2.txt"] if trainable == "function" else []
+    assert [f.split(":")[0].split("/", 1)[1] for f in report["failures"]] == beside * 2
+    assert not report["not_restored"]
+    assert report["files_restored"] > 0
+    assert report["metrics"] == reference_report["metrics"]
+    written = stored = 0
+    expected_trials = _trials(reference)
+    for x, trial in _trials(place).items():
+        found = place.artifacts(trial)
+        expected = reference.artifacts(expected_trials[x])
+        names = ["log.txt", *(f"model_{step}.bin" for step in range(STEPS))]
+        assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+        _, here, log = found_at(place, HOLD_AT + 1, trial)
+        assert log.encode() == at_kill[x]["log.txt"]
+        assert set(here) >= {f"model_{step}.bin" for step in range(HOLD_AT + 1)}
+        assert not any(name.startswith(("checkpoint_", "events.", "result.")) for name in here)
+        written += sum(len(expected[name]) for name in names)
+        stored += sum(len(found[name]) for name in names)
+    figure(f"driver without callback SIGKILLed, {trainable}", written=written, stored=stored)
+
+
 @pytest.fixture
 def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
     yield

@@ -48,6 +48,7 @@ class Attacher:
         executor: Runs what a restored experiment has to find out first.
         report: Gets what restores did, and who could not be attached to.
         warn_once: Logs a message of a kind, the first time.
+        reuses_actors: Whether Tune does.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Attacher:
         executor: RayExecutor,
         report: ExperimentReport,
         warn_once: Callable[[str, str], None],
+        reuses_actors: bool,
     ) -> None:
         self._run = run
         self._config = config
@@ -65,6 +67,7 @@ class Attacher:
         self._executor = executor
         self._report = report
         self._warn_once = warn_once
+        self._reuses_actors = reuses_actors
         self._options = config.options()
         self._resumed = run.facts.resumed
         self._here = ray.get_runtime_context().get_node_id()
@@ -190,6 +193,8 @@ class Attacher:
             )
             return
         self._report.not_attached.pop(trial.trial_id, None)
+        if self._reuses_actors:
+            tune_internals.end_rays_sync(trial)
         if attached.restored:
             self._restored(trial.trial_id, attached.restored)
         job = self._job(trial, attached.logdir)

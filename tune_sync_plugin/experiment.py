@@ -94,7 +94,13 @@ class Experiment:
 
         self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
         self._attacher = Attacher(
-            run, config, self.dispatcher, self._executor, report, self.warn_once
+            run,
+            config,
+            self.dispatcher,
+            self._executor,
+            report,
+            self.warn_once,
+            storage.reuses_actors,
         )
 
     def take_over(self, storage: tune_internals.Storage, last: Callable[[], None]) -> None:
@@ -136,11 +142,16 @@ class Experiment:
         if self._ending:
             return  # all that is missing is about to be named
         for failure in report.failures:
+            after = (
+                "A shorter sync_period, and checkpoints that force syncs, keep such losses small"
+                if failure.lost
+                else "Training goes on and the next sync tries again"
+            )
             # One per cause, and not one per class, file or sync.
             self.warn_once(
                 code_of(failure.message) or failure.error,
-                f"SyncCallback: {failure}. Training goes on and the next sync tries again; "
-                "more failures of this kind are only counted, see callback.report.failures.",
+                f"SyncCallback: {failure}. {after}; more failures of this kind are only counted, "
+                "see callback.report.failures.",
             )
 
     def finish(self) -> None:

@@ -107,6 +107,11 @@ class Storage:
         return list(self._controller.get_trials())
 
     @property
+    def reuses_actors(self) -> bool:
+        """Whether Tune gives a trial's actor to the next one (``reuse_actors=True``)."""
+        return bool(getattr(self._controller, "_reuse_actors", False))
+
+    @property
     def resumed(self) -> bool:
         """Whether this run goes on with an experiment from storage (``Tuner.restore``)."""
         return bool(getattr(self._controller, "resumed", False))
@@ -199,6 +204,16 @@ def trial_destination(trial: Trial) -> str:
 def trial_actor(trial: Trial) -> Any | None:
     """The actor that runs a trial; set before ``on_trial_start`` is called."""
     return trial.temporary_state.ray_actor
+
+
+def end_rays_sync(trial: Trial) -> None:
+    """Turn Ray's artifact sync off in the actors that this trial has from now on.
+
+    With ``reuse_actors`` Ray starts some that it stops again without ever telling a callback. As it
+    stops them each uploads the trial's directory on its node, however old, over what we have sent.
+    """
+    storage = trial.storage
+    storage.sync_config = dataclasses.replace(storage.sync_config, sync_artifacts=False)
 
 
 def _name_one_trial_dir(path: str) -> None:

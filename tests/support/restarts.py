@@ -71,6 +71,7 @@ class Place:
                 item["Key"][len(prefix) + 1 :]
                 for page in pages
                 for item in page.get("Contents", ())
+                if not item["Key"].endswith("/")  # Ray's own sync marks directories
             ]
 
         def get(name: str) -> bytes:

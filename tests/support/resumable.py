@@ -46,6 +46,8 @@ class Settings:
         trials: How many.
         moves: Whether the trial's node is blocked before it holds.
         sync: Of the SyncConfig.
+        by_ray: Whether Ray's own sync is used, without our callback. A restored experiment that had
+            no callback gets one.
     """
 
     storage_path: str
@@ -57,6 +59,7 @@ class Settings:
     trials: int = 2
     moves: bool = False
     sync: dict[str, Any] = dataclasses.field(default_factory=lambda: {"sync_period": 1})
+    by_ray: bool = False
 
 
 def _write(config: dict[str, Any], step: int) -> None:
@@ -134,7 +137,10 @@ def main(settings: Settings) -> None:
         # The storage's URL has a query behind the path.
         path, query, options = settings.storage_path.partition("?")
         tuner = tune.Tuner.restore(f"{path}/exp{query}{options}", trainable=trainable)
+        config = tuner._local_tuner.get_run_config()  # there is no public way
+        config.callbacks = config.callbacks or [SyncCallback()]
     else:
+        config_class = tune.SyncConfig if settings.by_ray else SyncConfig
         tuner = tune.Tuner(
             trainable,
             param_space={
@@ -145,9 +151,9 @@ def main(settings: Settings) -> None:
             run_config=tune.RunConfig(
                 name="exp",
                 storage_path=settings.storage_path,
-                sync_config=SyncConfig(sync_artifacts=True, **settings.sync),
+                sync_config=config_class(sync_artifacts=True, **settings.sync),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1 if is_class else 0),
-                callbacks=[SyncCallback()],
+                callbacks=[] if settings.by_ray else [SyncCallback()],
                 verbose=0,
             ),
         )
