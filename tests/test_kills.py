@@ -33,6 +33,8 @@ from tests.support.restarts import (
 )
 from tests.support.scenarios import MB, Link, sync_workers
 
+pytestmark = pytest.mark.slow
+
 # Until the cluster knows of a node's death, and what was asked of it has failed.
 DETECTION_S = 20
 
@@ -167,7 +169,6 @@ def _lost_at(callback: Any) -> tuple[str, int | None]:
     return failure.message, int(found[1]) if found else None
 
 
-@pytest.mark.slow
 def test_a_node_that_dies_loses_only_what_it_had_not_synced(
     place: Place, nodes: Nodes, figure: Callable[..., None]
 ) -> None:
@@ -251,7 +252,6 @@ def _train_big(config: dict[str, Any]) -> None:
     report_step(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flush", [False, True], ids=["during a sync", "during the flush"])
 def test_a_node_that_dies_while_it_uploads_holds_nothing_up(
     link: Link, nodes: Nodes, flush: bool, figure: Callable[..., None]
@@ -315,7 +315,6 @@ def _train_moves(config: dict[str, Any]) -> None:
             raise RuntimeError("as asked")
 
 
-@pytest.mark.slow
 def test_a_node_that_dies_while_a_trial_attaches_is_one_more_restart(
     link: Link, nodes: Nodes, figure: Callable[..., None]
 ) -> None:

@@ -30,6 +30,8 @@ from tests.support.restarts import (
 from tests.support.scenarios import Link
 from tune_sync_plugin import SyncCallback
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
@@ -75,7 +77,6 @@ def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS if config["x"] == 1 else 0.1}])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["files", "everything"])
 @pytest.mark.parametrize(
     ("action", "error"), [("status:403", "PermissionError"), ("hang", "TimeoutError")]
@@ -170,7 +171,6 @@ def _train_by_ray(config: dict[str, Any]) -> None:
             raise RuntimeError("as asked, after 4")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "by"),
     [

@@ -25,7 +25,7 @@ from tests.support.retries import TRIES, most_writes
 from tests.support.scenarios import Link
 from tune_sync_plugin import SyncCallback, SyncError
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
 SIZE = 20_000
 TRIALS, STEPS = 2, 8
@@ -318,7 +318,6 @@ def test_training_goes_on_when_storage_refuses_from_the_middle_on(
     assert len(others) <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("snapshots")
 @pytest.mark.parametrize("answer", ["hang", "status:500"])
 def test_a_run_ends_soon_after_training_however_storage_is_broken(
@@ -355,7 +354,6 @@ def test_a_run_ends_soon_after_training_however_storage_is_broken(
         time.sleep(0.2)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("snapshots")
 def test_all_files_of_a_run_arrive_after_an_outage_of_a_minute(
     link: Link, figure: Callable[..., None], tmp_path: Path
