@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ from tune_sync_plugin.report import EXPERIMENT, SyncReport
 PERIOD_S, TIMEOUT_S, GRACE_S, START_S = 10.0, 30.0, 2.0, 60.0
 TRIALS, NODES, DRIVER = ("t", "u"), ("A", "B"), "D"
 FAILED = failing()
+# What a task that ends before it should says.
+ENDED = {"WorkerCrashedError", "NodeDiedError"}
 FLUSH_S = 40.0
 
 Place = tuple[str, str]
@@ -81,6 +84,7 @@ class World:
         self.began: dict[Place, float] = {}
         self.lost: set[Place] = set()
         self.failed: set[Place] = set()
+        self.tries: Counter[Place] = Counter()  # of what crashed at the end
         self.early: dict[str, bool] = {}
         self.at: dict[str, str | None] = dict.fromkeys(TRIALS)
         # Where a target was, in order, and whether it was synced during that visit.
@@ -226,6 +230,10 @@ class World:
         (self.failed.discard if report.complete else self.failed.add)(place)
         if tried:
             self.under_way.discard(place)
+            crashed = report.failures and report.failures[-1].error in ENDED
+            if self.closing and crashed and self.tries[place] < 2:
+                self.tries[place] += 1  # nobody would ask for it again
+                self.asked[place] = True
         else:
             assert report.failures, f"{place} was not tried, and is not named"
             assert place in self.asked or place in self.optional

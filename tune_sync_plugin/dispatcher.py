@@ -468,6 +468,8 @@ class Dispatcher:
         for batch in list(self._batches):
             if batch.items and batch.item_started is not None:
                 target, place = batch.items.popleft()
+                if place.wanted:  # one more was to follow
+                    place.give_up_one()
                 place.wanted = place.forced = False
                 self._unfinished(target, place, "under way", timeout_s)
             self._drop(batch, kill=True)
