@@ -23,6 +23,7 @@ from ray import tune
 from tests.support.cluster import LocalCluster
 from tests.support.scenarios import Link
 from tune_sync_plugin import SyncCallback, SyncConfig
+from tune_sync_plugin.engine.index import INDEX
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
@@ -256,7 +257,7 @@ def _check(
                 # A file that was deleted: whole, or as it was between its creation and its writing.
                 assert stored[path] in (path[6:].encode(), b"")
             else:
-                assert path in {"swapped.tmp", *tune_files()}, path
+                assert path in {INDEX, "swapped.tmp", *tune_files()}, path
     assert ran_on == set(cluster.node_ids[:2])
     assert not callback.report.experiment.failures
     # The reader saw the files grow and change, and never in a state that they were not in.
