@@ -65,7 +65,7 @@ class IndexKeeper:
             # First, since it is not repeated once the index is known. Whoever sent files may have
             # been killed before they were in an index.
             try:
-                self.manifest.see(once(self.storage.files, self.limits))
+                self.manifest.see(once(self.storage.files, self._patience()))
             except BaseException:
                 return dict.fromkeys(paths, Reason.FOREIGN)
             # What came from elsewhere is in an index of ours as well.
@@ -85,9 +85,6 @@ class IndexKeeper:
         return dict.fromkeys(foreign, Reason.FOREIGN) | unrecorded
 
     def _read(self) -> Index | None:
-        # Reading that hangs must leave time for the files themselves.
-        now = self.limits.clock()
-        limits = replace(self.limits, deadline=now + (self.limits.deadline - now) / 3)
         try:
             found = once(
                 lambda: indexes.read_or_rebuild(
@@ -96,7 +93,7 @@ class IndexKeeper:
                     self.indexing.drivers,
                     self.warnings.append,
                 ),
-                limits,
+                self._patience(),
             )
         except BaseException as error:
             self._readable = False
@@ -107,6 +104,11 @@ class IndexKeeper:
             return None
         self.manifest.index_read(found)
         return found
+
+    def _patience(self) -> Limits:
+        """What asking may take: if storage hangs, the files themselves must have time left."""
+        now = self.limits.clock()
+        return replace(self.limits, deadline=now + (self.limits.deadline - now) / 4)
 
     def claim(self) -> BaseException | None:
         """Before anything is sent: note in the index that another disk has gone on.

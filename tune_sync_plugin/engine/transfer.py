@@ -87,7 +87,8 @@ class Transfer:
             found = self._found(upload)
             if found:
                 checksum = checksum_of(source.chunks())
-                if holds(self.storage, path, found, source.size, checksum):
+                # At worst an encrypted one is kept twice.
+                if holds(self.storage, path, found, source.size, checksum, sure=False):
                     health.succeeded()
                     return Outcome(upload, same=Record(source.fingerprint, checksum, racy, root))
                 if upload.reason is not Reason.UNRECORDED:
