@@ -35,6 +35,7 @@ from tests.support.scenarios import Link, sync_workers
 from tune_sync_plugin import SyncCallback, SyncConfig
 
 NODES, STEPS = 3, 20
+MARK = f"TUNE_SYNC_SOAK={os.getpid()}"
 
 
 def content(x: int, step: int) -> bytes:
@@ -118,8 +119,11 @@ class Chaos:
 
     def _kill_sync(self) -> None:
         for line in sync_workers():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(line.split(":")[0]), signal.SIGKILL)
+            pid = int(line.split(":")[0])
+            with contextlib.suppress(OSError):
+                # Ours, and not those of a test that runs on this machine as well.
+                if MARK.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
     def _kill_node(self) -> None:
         if len(self._alive) > 1:
@@ -190,7 +194,7 @@ def main() -> int:
         tempfile.TemporaryDirectory() as directory,
         S3Server.start(Path(directory)) as server,
         Proxy.start(server.host, server.port) as proxy,
-        LocalCluster(workers=NODES) as cluster,
+        LocalCluster(workers=NODES, env_vars=dict([MARK.split("=")])) as cluster,
     ):
         chaos = Chaos(cluster, proxy, chance)
         while time.monotonic() < end:
