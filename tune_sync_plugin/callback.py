@@ -71,6 +71,7 @@ class SyncCallback(tune.Callback):
 
     Example:
         >>> from ray import tune
+        >>> from tune_sync_plugin import SyncConfig
         >>> run_config = tune.RunConfig(
         ...     storage_path="/mnt/nfs/results",
         ...     sync_config=SyncConfig(sync_artifacts=True, sync_period=60),
