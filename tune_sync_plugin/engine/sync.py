@@ -24,6 +24,8 @@ from tune_sync_plugin.report import FileFailure, SyncReport
 
 # So often a long sync writes the index, so that a killed one's files can be found.
 _INDEX_EVERY_S = 10.0
+# What is kept for that at the end, or a tenth of what there is.
+_INDEX_S = 5.0
 # So many failures of one sync are named; the rest are counted.
 _MOST_FAILURES = 1000
 # Records are written at least this often, so a killed sync repeats at most so much work.
@@ -120,6 +122,10 @@ def sync(
             options.read_back,
             shared=indexing is not None and indexing.shared,
         )
+        if keeper:
+            # Files that fail till the end must leave time to write down those that arrived.
+            spare_s = min(_INDEX_S, options.timeout_s / 10)
+            limits = replace(limits, deadline=limits.deadline - spare_s)
         report = _Sync(storage, manifest, keeper, limits, label).carry_out(plan, scanned, transfer)
         warnings = [manifest.warning] if manifest.warning else []
         warnings += keeper.warnings if keeper else []
