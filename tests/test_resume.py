@@ -325,7 +325,7 @@ def test_a_killed_driver_of_a_cluster_that_lives_on(
         name: content for name, content in on_disk.items() if name != "log.txt"
     }
     assert not report["failures"]
-    assert (first != second) == moves
+    assert first != second or not moves  # where it goes on is for Ray to say, if there is a choice
     # Whatever had been stored is there, as it was or with more behind it.
     for name, content in at_kill.items():
         assert stored[name].startswith(content), name

@@ -191,7 +191,7 @@ def test_pbt_mixes_nothing_up(
         run_config=run_config(
             storage,
             callback,
-            stop={"training_iteration": 10},
+            stop={"training_iteration": 14},
             # Neither a period nor a checkpoint brings a line in time: only the flush before a move.
             sync_config=SyncConfig(
                 sync_artifacts=True, sync_period=300, sync_artifacts_on_checkpoint=False
