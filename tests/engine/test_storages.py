@@ -363,7 +363,7 @@ def test_restored_elsewhere_every_file_is_the_same(
     report = two.restore()
     assert (report.failures, report.warnings, report.from_index) == ((), (), True)
     assert tree(two.root) == {path: c for path, c in files.items() if path not in unsent}
-    assert two.storage.kinds() == {"read": 1 + report.files_restored}
+    assert two.storage.kinds() == {"files": 1, "read": 1 + report.files_restored}
     assert two.sync().files_uploaded == 0
     # And back, after one of them went on.
     fill(two.root, {"d/new": b"new", "empty": b"no more"})

@@ -333,7 +333,7 @@ def test_a_delay_delays_and_a_wrong_action_is_named(server: S3Server, proxy: Pro
     proxy.add_rule("slow", "delay:0.3")
     begun_s = time.monotonic()
     server.client(proxy.port).put_object(Bucket=server.bucket, Key="slow", Body=b"")
-    assert 0.3 < time.monotonic() - begun_s < 1.0
+    assert 0.3 < time.monotonic() - begun_s < 5.0
     with pytest.raises(ValueError, match="action"):
         proxy.add_rule("x", "explode")
 
