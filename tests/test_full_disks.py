@@ -18,7 +18,7 @@ import pytest
 
 from tests.engine.fakes import tree
 from tests.engine.support import fill, sync_dir
-from tune_sync_plugin.engine.storage import LocalStorage
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.report import SyncReport
 
 SIZE = 2 << 20

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.index import OUR_DIRECTORY, Entry
 from tune_sync_plugin.engine.keeper import Indexing
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.manifest import sent_below
 from tune_sync_plugin.engine.restore import RestoreOptions
 from tune_sync_plugin.engine.scan import scan
-from tune_sync_plugin.engine.storage import LocalStorage, Storage, storage_at
+from tune_sync_plugin.engine.storage import Storage, storage_at
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT
 from tune_sync_plugin.runs import RunFacts
@@ -100,6 +102,7 @@ class Directories:
         roots: What to sync, without repetitions.
         labels: The names of the roots in the index.
         storage: Where to.
+        occupied: The paths at which the driver's disk has files of the driver's.
         claimed: The path of a file that is there once the run has made itself known in storage.
         manifest: The manifest's path. There is one per destination: a restored run may write
             somewhere else.
@@ -127,6 +130,8 @@ class Directories:
             elif trial_dir not in self.roots:
                 self.roots.append(trial_dir)
             self.labels[trial_dir] = TRIAL_DIR
+        self._drivers_files = list(scan([self._drivers], Filter()).files) if self._drivers else []
+        self.occupied = {part for path in self._drivers_files for part in _with_parents(path)}
         self.manifest = _manifest(here, job.key, self.storage)
         self._drivers_manifest = ""
         if self._drivers:
@@ -137,20 +142,16 @@ class Directories:
         """Whether storage has this path from the driver, and not from the trial."""
         if self._job.key == EXPERIMENT:
             return f"/{OUR_DIRECTORY}/" in path  # a trial's index
-        return is_rays(path) or (
-            self._drivers is not None and os.path.lexists(os.path.join(self._drivers, path))
-        )
+        return is_rays(path) or path in self.occupied
 
     def indexing(self) -> Indexing | None:
         """How a sync of this keeps the index: only artifacts have one."""
         if self._job.key == EXPERIMENT:
             return None
-        also = {}
-        if self._drivers:
-            # What the trial writes here goes to storage with the driver's files. How much of it
-            # is there is not known to this sync.
-            scanned = scan([self._drivers], Filter())
-            also = {path: Entry(root=TRIAL_DIR) for path in scanned.files if not is_drivers(path)}
+        # What the trial writes there goes to storage with the driver's files. How much of it is
+        # there is not known to this sync.
+        artifacts = [path for path in self._drivers_files if not is_drivers(path)]
+        also = dict.fromkeys(artifacts, Entry(root=TRIAL_DIR))
         return Indexing(
             writer=self._node,
             shared=self._job.shared,
@@ -178,6 +179,12 @@ class Directories:
             if drivers
             else {},
         )
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = os.path.dirname(path)
 
 
 def _manifest(here: str, key: str, storage: Storage) -> str:

@@ -64,6 +64,7 @@ def _sync_one(job: SyncJob, run: Run, here: str, node: str) -> SyncReport:
             job.options,
             label=job.key,
             taken=place.is_taken,
+            occupied=place.occupied,
             indexing=place.indexing(),
             labels=place.labels,
         )

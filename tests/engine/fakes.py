@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tune_sync_plugin.engine.source import Content, Memory, Source
+from tune_sync_plugin.engine.source import CHUNK_BYTES, Content, Memory, Source, Tail
 from tune_sync_plugin.engine.storage import Stat, Storage
 
 
@@ -32,8 +32,19 @@ class Around:
     def has_directories(self) -> bool:
         return self.inner.has_directories
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
-        self.inner.write(path, source, run_id)
+    @property
+    def has_checksums(self) -> bool:
+        return self.inner.has_checksums
+
+    @property
+    def append_from(self) -> int | None:
+        return self.inner.append_from
+
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
+        return self.inner.write(path, source, run_id)
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        return self.inner.append(path, tail, etag)
 
     def stat(self, path: str) -> Stat | None:
         return self.inner.stat(path)
@@ -68,17 +79,21 @@ class Counting(Around):
         self._busy = 0
         self._lock = threading.Lock()
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         self._count("write", path)
         with self._lock:
             self.writes.append(path)
             self._busy += 1
             self.busiest = max(self.busiest, self._busy)
         try:
-            super().write(path, source, run_id)
+            return super().write(path, source, run_id)
         finally:
             with self._lock:
                 self._busy -= 1
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        self._count("append", path)
+        return super().append(path, tail, etag)
 
     def _count(self, kind: str, path: str) -> None:
         with self._lock:
@@ -135,11 +150,11 @@ class Failing(Around):
         self.attempts: Counter[str] = Counter()
         self._error, self._times, self._affects = error, times, affects
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         self.attempts[path] += 1
         if self._affects(path) and self.attempts[path] <= self._times:
             raise self._error(path)
-        super().write(path, source, run_id)
+        return super().write(path, source, run_id)
 
 
 class Hanging(Around):
@@ -150,10 +165,10 @@ class Hanging(Around):
         self._hangs = hangs
         self._released = threading.Event()
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         if path in self._hangs and not self._released.wait(60):
             raise RuntimeError("the test never released the hung write")
-        super().write(path, source, run_id)
+        return super().write(path, source, run_id)
 
     def release(self) -> None:
         self._released.set()
@@ -167,9 +182,9 @@ class Meeting(Around):
         self._barrier = threading.Barrier(parties)
         self._patience_s = patience_s
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         self._barrier.wait(self._patience_s)
-        super().write(path, source, run_id)
+        return super().write(path, source, run_id)
 
 
 class Watched(Around):
@@ -179,10 +194,19 @@ class Watched(Around):
         super().__init__(inner)
         self._on_moment = on_moment
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         self._on_moment("before", path)
-        super().write(path, _WatchedSource(source, lambda: self._on_moment("during", path)), run_id)
+        watched = _WatchedSource(source, lambda: self._on_moment("during", path))
+        etag = super().write(path, watched, run_id)
         self._on_moment("after", path)
+        return etag
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        self._on_moment("before", path)
+        watched = _WatchedTail(tail, lambda: self._on_moment("during", path))
+        appended = super().append(path, watched, etag)
+        self._on_moment("after", path)
+        return appended
 
 
 class _WatchedSource(Source):
@@ -192,8 +216,21 @@ class _WatchedSource(Source):
         self.__dict__.update(source.__dict__)
         self._source, self._between = source, between
 
-    def chunks(self) -> Iterator[bytes]:
-        for chunk in self._source.chunks():
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        for chunk in self._source.chunks(chunk_bytes):
+            yield chunk
+            self._between()
+
+
+class _WatchedTail(Tail):
+    """Likewise, byte by byte."""
+
+    def __init__(self, tail: Tail, between: Callable[[], None]) -> None:
+        self.__dict__.update(tail.__dict__)
+        self._tail, self._between = tail, between
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        for chunk in self._tail.chunks(1):
             yield chunk
             self._between()
 
@@ -213,10 +250,17 @@ class Killing(Around):
                 os.kill(os.getpid(), signal.SIGKILL)
                 signal.pause()
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         self.step()
-        super().write(path, _WatchedSource(source, self.step), run_id)
+        etag = super().write(path, _WatchedSource(source, self.step), run_id)
         self.step()
+        return etag
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        self.step()
+        appended = super().append(path, _WatchedTail(tail, self.step), etag)
+        self.step()
+        return appended
 
     def remove(self, path: str) -> None:
         self.step()
@@ -243,17 +287,36 @@ class ObjectStorage:
     """A flat mapping of keys to whole objects, as S3 is; on disk, so that a killed sync's stay."""
 
     has_directories = False
+    has_checksums = True
+    append_from = 3
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.name = f"objects:{directory}"
         directory.mkdir(exist_ok=True)
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
+        content = b"".join(source.chunks())
+        return self._put(path, hashlib.md5(content).hexdigest(), content)
+
+    def _put(self, path: str, etag: str, content: bytes) -> str:
         target = self._key(path)
         unseen = target.with_suffix(f".{threading.get_ident()}")
-        unseen.write_bytes(path.encode() + b"\0" + b"".join(source.chunks()))
+        unseen.write_bytes(b"\0".join([path.encode(), etag.encode(), content]))
         unseen.replace(target)
+        return etag
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        """As a multipart upload of two parts, the first one copied from what is there."""
+        if not self._key(path).exists():
+            return False
+        _, known, before = self._key(path).read_bytes().split(b"\0", 2)
+        if known.decode() != etag:
+            return False
+        after = tail.read()
+        digests = [hashlib.md5(part).digest() for part in (before, after)]
+        self._put(path, hashlib.md5(b"".join(digests)).hexdigest() + "-2", before + after)
+        return True
 
     def _key(self, path: str) -> Path:
         return self._directory / hashlib.sha256(path.encode()).hexdigest()
@@ -261,13 +324,13 @@ class ObjectStorage:
     def stat(self, path: str) -> Stat | None:
         if not self._key(path).exists():
             return None
-        content = self._key(path).read_bytes().partition(b"\0")[2]
-        return Stat(len(content), hashlib.md5(content).hexdigest())
+        _, etag, content = self._key(path).read_bytes().split(b"\0", 2)
+        return Stat(len(content), etag.decode())
 
     def read(self, path: str) -> Iterator[bytes]:
         if not self._key(path).exists():
             raise FileNotFoundError(path)
-        yield self._key(path).read_bytes().partition(b"\0")[2]
+        yield self._key(path).read_bytes().split(b"\0", 2)[2]
 
     def files(self) -> dict[str, int]:
         return {path: len(content) for path, content in self.contents().items()}
@@ -286,7 +349,7 @@ class ObjectStorage:
         found = {}
         for file in self._directory.iterdir():
             if not file.suffix:
-                key, _, content = file.read_bytes().partition(b"\0")
+                key, _, content = file.read_bytes().split(b"\0", 2)
                 found[key.decode()] = content
         return found
 

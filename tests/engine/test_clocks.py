@@ -29,8 +29,8 @@ from tests.fake_executor import FakeClock, FakeExecutor, Sync
 from tune_sync_plugin import dispatcher
 from tune_sync_plugin.engine import scan as scan_module
 from tune_sync_plugin.engine import sync as sync_module
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.scan import Fingerprint, Scan
-from tune_sync_plugin.engine.storage import LocalStorage
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import SyncReport
 

@@ -12,8 +12,9 @@ import pytest
 
 from tests.engine.fakes import Failing, tree
 from tests.engine.support import entry_of, fill, put, sync_dir
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.source import CHUNK_BYTES, Source
-from tune_sync_plugin.engine.storage import LocalStorage, partial_path
+from tune_sync_plugin.engine.storage import partial_path
 from tune_sync_plugin.errors import SourceChangedError
 
 SIZES = [3 * CHUNK_BYTES, 2 * CHUNK_BYTES + 1, CHUNK_BYTES // 2]

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from tests.engine.fakes import Failing, Hanging, tree
 from tests.engine.support import fill, sync_dir
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.manifest import Manifest
 from tune_sync_plugin.engine.plan import Record
 from tune_sync_plugin.engine.scan import Fingerprint
-from tune_sync_plugin.engine.storage import LocalStorage, partial_path
+from tune_sync_plugin.engine.storage import partial_path
 
 HERE = "local:/results/trial"
 RECORD = Record(Fingerprint(3, 2**62, 5, 7), "c" * 32, root="trial_dir")

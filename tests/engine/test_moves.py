@@ -21,8 +21,9 @@ from tests.engine.support import Disk, fill
 from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine import sync as sync_module
 from tune_sync_plugin.engine.index import is_ours
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.manifest import Manifest
-from tune_sync_plugin.engine.storage import LocalStorage, Storage, is_partial
+from tune_sync_plugin.engine.storage import Storage, is_partial
 from tune_sync_plugin.engine.sync import SyncOptions
 
 NODES = ("A", "B", "C")

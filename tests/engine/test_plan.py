@@ -17,7 +17,8 @@ def plan(
     local: dict[str, Fingerprint], known: dict[str, Record], *, has_directories: bool = True
 ) -> Plan:
     files = {path: FileEntry(path, f"/root/{path}", facts) for path, facts in local.items()}
-    return make_plan(files, known, has_directories=has_directories, scanned_ns=SCANNED_NS)
+    gone = known.keys() - files.keys() if has_directories else ()
+    return make_plan(files, known, gone=gone, scanned_ns=SCANNED_NS)
 
 
 def decisions(result: Plan) -> list[tuple[str, Reason]]:

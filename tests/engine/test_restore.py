@@ -20,12 +20,13 @@ from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine import pool
 from tune_sync_plugin.engine import restore as restore_module
 from tune_sync_plugin.engine.index import INDEX, Entry, Index
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.manifest import Manifest
 from tune_sync_plugin.engine.plan import Record
 from tune_sync_plugin.engine.restore import RestoreOptions, restore
 from tune_sync_plugin.engine.scan import Fingerprint
 from tune_sync_plugin.engine.source import Memory
-from tune_sync_plugin.engine.storage import LocalStorage, Stat, Storage
+from tune_sync_plugin.engine.storage import Stat, Storage
 from tune_sync_plugin.engine.verdict import Verdict, is_inside, judge
 
 FILES = {"log.txt": b"line 1\n", "d/e/model.pt": b"weights" * 999, "empty": b"", "ü #?%\n": b"odd"}

@@ -12,9 +12,9 @@ import pytest
 from tests.engine.fakes import Watched, tree
 from tests.engine.support import entry_of, fill, sync_dir
 from tune_sync_plugin.engine import source as source_module
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.scan import Fingerprint
 from tune_sync_plugin.engine.source import CHUNK_BYTES, Source
-from tune_sync_plugin.engine.storage import LocalStorage
 from tune_sync_plugin.errors import SourceChangedError, SourceError
 
 

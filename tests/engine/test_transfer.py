@@ -15,8 +15,9 @@ import pytest
 from tests.engine.fakes import Around, Counting, Failing, Hanging, Meeting, tree
 from tests.engine.support import fill, sync_dir, uploads_of
 from tune_sync_plugin.engine import pool
+from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.pool import Limits
-from tune_sync_plugin.engine.storage import LocalStorage, Storage
+from tune_sync_plugin.engine.storage import Storage
 from tune_sync_plugin.engine.transfer import Outcome, Transfer
 from tune_sync_plugin.errors import SourceError, is_retryable
 

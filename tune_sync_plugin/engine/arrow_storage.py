@@ -14,7 +14,7 @@ from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
 
-from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
+from tune_sync_plugin.engine.source import CHUNK_BYTES, Content, Tail
 from tune_sync_plugin.engine.storage import Stat, is_partial, partial_path, service
 
 # Up to here a file is read before its upload starts, so that one that shrinks costs no upload.
@@ -26,19 +26,22 @@ _OBJECT_STORES = {"s3", "gcs", "abfs"}
 class ArrowStorage:
     """A prefix on a ``pyarrow.fs.FileSystem``."""
 
+    append_from = None
+
     def __init__(self, filesystem: Any, root: str) -> None:
         self._fs = filesystem
         self._root = root.rstrip("/")
         self.has_directories = filesystem.type_name not in _OBJECT_STORES
+        self.has_checksums = filesystem.type_name == "s3"
         self.name = f"{filesystem.type_name}:{service(_options(filesystem))}{self._root}"
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         if not self.has_directories:
             self._stream(self._at(path), source)
-            return
+            return None
         final, partial = self._at(path), self._at(partial_path(path, run_id))
         self._fs.create_dir(posixpath.dirname(final), recursive=True)
         try:
@@ -47,6 +50,10 @@ class ArrowStorage:
         except BaseException:
             self.discard_partial(path, run_id)
             raise
+        return None
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        return False
 
     def _stream(self, target: str, source: Content) -> None:
         chunks = [source.read()] if source.size <= _WHOLE_BYTES else source.chunks()
@@ -73,7 +80,7 @@ class ArrowStorage:
                 facts = stream.metadata()
         except FileNotFoundError:
             return None
-        return Stat(int(facts["Content-Length"]), facts.get("ETag", b"").decode())
+        return Stat(int(facts["Content-Length"]), facts.get("ETag", b"").decode().strip('"'))
 
     def read(self, path: str) -> Iterator[bytes]:
         with self._fs.open_input_stream(self._at(path), compression=None) as stream:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
+from tune_sync_plugin.engine.source import CHUNK_BYTES, Content, Tail
 from tune_sync_plugin.engine.storage import Stat, is_partial, partial_path, service
 
 # Up to here one request sends the whole file; above it goes in parts.
@@ -26,12 +26,15 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci",
 class FsspecStorage:
     """A prefix on an ``fsspec.AbstractFileSystem``."""
 
+    append_from = None
+
     def __init__(self, filesystem: Any, root: str) -> None:
         self._fs = filesystem
         self._root = root.rstrip("/")
         protocol = filesystem.protocol
         protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self.has_directories = not protocols & _OBJECT_STORES
+        self.has_checksums = bool(protocols & {"s3", "s3a"})
         # Attributes too: an option may have been given by position.
         given = {name: getattr(filesystem, name, None) for name in ("host", "port", "account_name")}
         self.name = f"{min(protocols)}:{service(given | filesystem.storage_options)}{self._root}"
@@ -39,13 +42,13 @@ class FsspecStorage:
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
         final = self._at(path)
         if "?versionId=" in path and "s3" in self._fs.protocol:
             raise ValueError("s3fs would cut the name off at '?versionId='; rename the file")
         if not self.has_directories:
             self._send(final, source)
-            return
+            return None
         partial = self._at(partial_path(path, run_id))
         self._fs.makedirs(posixpath.dirname(final), exist_ok=True)
         try:
@@ -54,6 +57,10 @@ class FsspecStorage:
         except BaseException:
             self.discard_partial(path, run_id)
             raise
+        return None
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        return False
 
     def _send(self, target: str, source: Content) -> None:
         if source.size <= _WHOLE_BYTES:
@@ -86,7 +93,9 @@ class FsspecStorage:
             info = self._fs.info(self._at(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Stat(info["size"], info.get("ETag")) if info["type"] == "file" else None
+        if info["type"] != "file":
+            return None
+        return Stat(info["size"], (info.get("ETag") or "").strip('"') or None)
 
     def read(self, path: str) -> Iterator[bytes]:
         self._forget(path)

@@ -8,12 +8,12 @@ behind the files, since it is not written with each of them, but never names one
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import md5
 from typing import NamedTuple
 
+from tune_sync_plugin.engine.checksum import CHECKSUM
 from tune_sync_plugin.engine.source import Memory
 from tune_sync_plugin.engine.storage import Storage
 from tune_sync_plugin.errors import SyncError
@@ -21,7 +21,6 @@ from tune_sync_plugin.errors import SyncError
 OUR_DIRECTORY = ".tune_sync"
 INDEX = f"{OUR_DIRECTORY}/index.json"
 _VERSION = 1
-_CHECKSUM = re.compile(r"(?:[0-9a-f]{32}(?:-[0-9]{1,9}/[1-9][0-9]{0,14})?)?")
 
 
 class Entry(NamedTuple):
@@ -76,7 +75,8 @@ def parse(data: bytes) -> Index:
 def _entry(path: str, size: int | None, checksum: str, root: str) -> Entry:
     path.encode()  # as it is JSON, it may be no text that can be stored
     known = size is None or (type(size) is int and 0 <= size < 1 << 63)
-    if not (known and _CHECKSUM.fullmatch(checksum) and isinstance(root, str)):
+    valid = checksum == "" or CHECKSUM.fullmatch(checksum)
+    if not (known and valid and isinstance(root, str)):
         raise ValueError(f"what it says of {path!r} makes no sense")
     return Entry(size, checksum, root)
 

@@ -69,7 +69,7 @@ class IndexKeeper:
             except BaseException:
                 return dict.fromkeys(paths, Reason.FOREIGN)
             # What came from elsewhere is in an index of ours as well.
-            theirs = self.manifest.foreigners().keys() - self.manifest.load().keys()
+            theirs = self.manifest.foreigners().keys() - self.manifest.paths()
             found = self._read()
             if not self._readable:
                 # Whatever is there may be somebody else's.
@@ -119,7 +119,7 @@ class IndexKeeper:
         theirs = self.manifest.index_writer not in (None, "", self.indexing.writer)
         if not self._readable or self.manifest.index_claimed or not theirs:
             return None
-        return self._write()
+        return self._write({**self.manifest.foreigners(), **self.manifest.index_entries()})
 
     def keep(self, *, forced: bool) -> BaseException | None:
         """Write the index if it is due; returns what that failed with."""
@@ -132,15 +132,12 @@ class IndexKeeper:
         if not manifest.unindexed or not self._readable:
             return None
         entries = {**manifest.foreigners(), **manifest.index_entries()}
-        new = manifest.index_entries(only_new=True)
-        if _digest(entries) == manifest.indexed_paths and not (forced and new):
+        if _digest(entries) == manifest.indexed_paths and not (forced and manifest.has_unindexed):
             return None
-        return self._write()
+        return self._write(entries)
 
-    def _write(self) -> BaseException | None:
+    def _write(self, entries: dict[str, Entry]) -> BaseException | None:
         manifest = self.manifest
-        entries = {**manifest.foreigners(), **manifest.index_entries()}
-        new = manifest.index_entries(only_new=True)
         writer = "" if self.indexing.shared else self.indexing.writer
         if self.indexing.shared or not manifest.knows_index:
             # Others know better what they sent; we know better what we have sent since.
@@ -148,16 +145,16 @@ class IndexKeeper:
             if not self._readable:
                 return None
             entries = {**manifest.foreigners(), **entries, **(theirs.entries if theirs else {})}
-            entries |= new
+            entries |= manifest.index_entries(only_new=True)
         try:
             index = Index(entries, writer)
             once(lambda: indexes.write(self.storage, index, manifest.run_id), self.limits)
         except BaseException as error:
             return error
-        paths = _digest({**manifest.foreigners(), **manifest.index_entries()})
-        manifest.index_written(paths)
+        # Of what is known here now: reading theirs may have added to it.
+        manifest.index_written(_digest(manifest.foreigners().keys() | manifest.index_paths()))
         return None
 
 
-def _digest(paths: Mapping[str, Entry]) -> str:
+def _digest(paths: Iterable[str]) -> str:
     return sha256("\0".join(sorted(paths)).encode()).hexdigest()

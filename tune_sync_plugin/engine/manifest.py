@@ -8,11 +8,12 @@ It also remembers what storage holds that came from elsewhere, for the index (se
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -24,7 +25,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY,
     size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER,
-    checksum TEXT, racy INTEGER, root TEXT,
+    checksum TEXT, racy INTEGER, root TEXT, etag TEXT, rolling TEXT,
     uploading INTEGER,  -- withdrawn: what storage holds is not certain
     indexed INTEGER     -- whether the index in storage has this very row
 ) WITHOUT ROWID;
@@ -36,9 +37,14 @@ CREATE TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 """
 
-_ALL_FILES = (
-    "SELECT path, size, mtime_ns, ctime_ns, inode, checksum, racy, root, uploading FROM files"
+_RECORDS = (
+    "SELECT path, uploading, size, mtime_ns, ctime_ns, inode, checksum, racy, root, etag, rolling "
+    "FROM files"
 )
+# Something of it has arrived in storage, or may have.
+_SENT = "(size >= 0 OR NOT uploading)"
+# So many parameters fit into one statement, with any SQLite.
+_PARAMETERS = 900
 
 # ValueError: an error's own text may quote a damaged file, and not be decodable.
 _UNUSABLE = (sqlite3.Error, OSError, ValueError)
@@ -55,16 +61,16 @@ def sent_below(path: str, directory: str) -> dict[str, Record]:
     prefix = f"{directory}/"
     try:
         with contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as db:
-            rows = db.execute(f"{_ALL_FILES} WHERE substr(path, 1, ?) = ?", (len(prefix), prefix))
+            rows = db.execute(f"{_RECORDS} WHERE substr(path, 1, ?) = ?", (len(prefix), prefix))
             return {key.removeprefix(prefix): record for key, record in map(_record, rows)}
     except _UNUSABLE:
         return {}
 
 
 def _record(row: tuple[Any, ...]) -> tuple[str, Record]:
-    path, *facts, checksum, racy, root, uploading = row
-    fingerprint = _UNFINISHED if uploading else Fingerprint(*facts)
-    return path, Record(fingerprint, checksum, bool(racy), root)
+    path, uploading, size, mtime_ns, ctime_ns, inode, checksum, racy, *rest = row
+    fingerprint = _UNFINISHED if uploading else Fingerprint(size, mtime_ns, ctime_ns, inode)
+    return path, Record(fingerprint, checksum, bool(racy), *rest)
 
 
 class Manifest:
@@ -96,23 +102,16 @@ class Manifest:
         self._path = path
         self._destination = destination
         self.run_id = uuid.uuid4().hex[:12]
+        self._settled: dict[str, tuple[int, int, int, int]] = {}
         try:
             self._open(path)
-        except _UNUSABLE as first:
-            self.damaged = True
-            try:
-                kept = self._set_aside()
-                self._open(path)
-                self.warning = (
-                    f"the sync manifest {path} was unreadable ({first}); it was set aside as "
-                    f"{kept} and is built anew by comparing files with what storage holds"
-                )
-            except _UNUSABLE as error:
-                self._do_without(error)
+        except _UNUSABLE as error:
+            self._replace(error)
         if self._meta("destination") not in (None, destination):
             with self._transaction() as db:
                 for table in ("files", "foreigners", "seen", "meta"):
                     db.execute(f"DELETE FROM {table}")
+            self._settled = {}
 
     def _open(self, path: str) -> None:
         if path != ":memory:":
@@ -127,11 +126,28 @@ class Manifest:
             self._db.executescript(_SCHEMA)
             # Reads every row, so that damage is found here and not in the midst of a sync.
             self._meta("destination")
-            self.load()
+            rows = self._db.execute(
+                "SELECT path, size, mtime_ns, ctime_ns, inode FROM files "
+                "WHERE NOT (uploading OR racy)"
+            )
+            self._settled = {row[0]: row[1:] for row in rows}
             self.foreigners()
         except BaseException:
             self._db.close()
             raise
+
+    def _replace(self, error: Exception) -> None:
+        """Begin anew, since what is there can't be read."""
+        self.damaged = True
+        try:
+            kept = self._set_aside()
+            self._open(self._path)
+            self.warning = (
+                f"the sync manifest {self._path} was unreadable ({error}); it was set aside as "
+                f"{kept} and is built anew by comparing files with what storage holds"
+            )
+        except _UNUSABLE as second:
+            self._do_without(second)
 
     def _set_aside(self) -> str:
         # Kept, since somebody may want to know what happened; the journal belongs to it.
@@ -175,9 +191,36 @@ class Manifest:
 
     # -- what was sent from here ----------------------------------------------------------------
 
+    def take_settled(self) -> dict[str, tuple[int, int, int, int]]:
+        """What was found on opening: the fingerprints that prove their files unchanged.
+
+        Can be had once, and is the caller's to change: there may be very many.
+        """
+        settled, self._settled = self._settled, {}
+        return settled
+
     def load(self) -> dict[str, Record]:
         """All records. A path whose upload never ended has one that no file matches."""
-        return dict(map(_record, self._db.execute(_ALL_FILES)))
+        return dict(map(_record, self._db.execute(_RECORDS)))
+
+    def records(self, paths: Collection[str]) -> dict[str, Record]:
+        """The records of these paths, of those that have one."""
+        found: dict[str, Record] = {}
+        todo = iter(paths)
+        try:
+            while some := list(itertools.islice(todo, _PARAMETERS)):
+                marks = ",".join("?" * len(some))
+                rows = self._db.execute(f"{_RECORDS} WHERE path IN ({marks})", some)
+                found.update(map(_record, rows))
+        except _UNUSABLE as error:
+            self._db.close()
+            self._replace(error)
+            return {}
+        return found
+
+    def paths(self) -> set[str]:
+        """All paths that there is a record of."""
+        return {path for (path,) in self._db.execute("SELECT path FROM files")}
 
     def interrupted(self) -> tuple[str, list[str]] | None:
         """The run id and the paths of an earlier sync that did not end as it should."""
@@ -196,7 +239,7 @@ class Manifest:
             )
             # The old row stays: it tells what storage has still, if all goes wrong.
             db.executemany(
-                "INSERT INTO files VALUES (?, ?, ?, ?, ?, '', 0, '', 1, 0) "
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, '', 0, '', '', '', 1, 0) "
                 "ON CONFLICT (path) DO UPDATE SET uploading = 1, indexed = 0",
                 [(path, *_UNFINISHED) for path in paths],
             )
@@ -207,11 +250,8 @@ class Manifest:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('destination', ?)", [self._destination])
             db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
-                [
-                    (path, *record.fingerprint, record.checksum, record.racy, record.root)
-                    for path, record in records.items()
-                ],
+                f"INSERT OR REPLACE INTO files VALUES ({'?, ' * 10}0, 0)",
+                [(path, *record.fingerprint, *record[1:]) for path, record in records.items()],
             )
             for table in ("foreigners", "seen"):
                 db.executemany(f"DELETE FROM {table} WHERE path = ?", [(p,) for p in records])
@@ -319,10 +359,20 @@ class Manifest:
         # Without a size: an upload of which nobody knows how it ended.
         rows = self._db.execute(
             "SELECT path, CASE uploading WHEN 0 THEN size END, "
-            "CASE uploading WHEN 0 THEN checksum ELSE '' END, root FROM files "
-            "WHERE (size >= 0 OR NOT uploading)" + (" AND NOT indexed" if only_new else "")
+            f"CASE uploading WHEN 0 THEN checksum ELSE '' END, root FROM files WHERE {_SENT}"
+            + (" AND NOT indexed" if only_new else "")
         )
         return {path: Entry(*facts) for path, *facts in rows}
+
+    def index_paths(self) -> set[str]:
+        """The paths of these files."""
+        return {path for (path,) in self._db.execute(f"SELECT path FROM files WHERE {_SENT}")}
+
+    @property
+    def has_unindexed(self) -> bool:
+        """Whether the index has not yet what is to be said of some of these files."""
+        query = f"SELECT 1 FROM files WHERE {_SENT} AND NOT indexed LIMIT 1"
+        return self._db.execute(query).fetchone() is not None
 
     def stored(self) -> tuple[int, int]:
         """How many files storage holds, wherever they came from, and their bytes."""

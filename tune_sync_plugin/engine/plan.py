@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -14,14 +14,26 @@ from tune_sync_plugin.engine.scan import FileEntry, Fingerprint
 class Record(NamedTuple):
     """What storage is known to hold under a path: the file as it was when it was uploaded.
 
-    ``racy`` means that the fingerprint alone proves nothing, and the checksum has to. ``root`` says
-    in which of the synced directories the file was, by that one's label.
+    Attributes:
+        fingerprint: The file's.
+        checksum: Its content's, in the kind that storage is compared with.
+        racy: Whether the fingerprint alone proves nothing, and the checksum has to.
+        root: In which of the synced directories the file was, by that one's label.
+        etag: What storage calls this content; empty if it did not say.
+        rolling: The content's rolling checksum; empty if it is not known.
     """
 
     fingerprint: Fingerprint
     checksum: str = ""
     racy: bool = False
     root: str = ""
+    etag: str = ""
+    rolling: str = ""
+
+    @property
+    def size(self) -> int:
+        """Of the content; negative if an upload of it never ended."""
+        return self.fingerprint.size
 
 
 class Reason(Enum):
@@ -62,10 +74,18 @@ def make_plan(
     known: Mapping[str, Record],
     unrecorded: Mapping[str, Reason] = MappingProxyType({}),
     *,
-    has_directories: bool,
+    gone: Iterable[str] = (),
     scanned_ns: int,
 ) -> Plan:
-    """Compare what is there with what storage holds.
+    """Compare what may have changed with what storage holds.
+
+    Args:
+        files: What the scan could not tell to be unchanged.
+        known: The manifest's records of these.
+        unrecorded: What to do about files that have no record.
+        gone: Paths that have a record and are not here any more, where one of them may be in the
+            way of a file: on file systems, but not in object stores.
+        scanned_ns: When the scan began, in nanoseconds since the epoch.
 
     | local file                         | storage (by the manifest)  | do                    |
     |------------------------------------|----------------------------|-----------------------|
@@ -103,14 +123,12 @@ def make_plan(
             files_unchanged += 1
             bytes_unchanged += new.size
     uploads.sort(key=lambda upload: (upload.entry.fingerprint.size, upload.entry.path))
-    removals = _in_the_way(files, known) if has_directories and uploads else []
+    removals = _in_the_way(files, gone) if uploads else []
     return Plan(uploads, removals, files_unchanged, bytes_unchanged)
 
 
-def _in_the_way(files: Mapping[str, FileEntry], known: Mapping[str, Record]) -> list[str]:
-    gone = [path for path in known if path not in files]
-    if not gone:
-        return []
+def _in_the_way(files: Mapping[str, FileEntry], gone: Iterable[str]) -> list[str]:
+    # Files that did not change are in nobody's way: they were there together with what is gone.
     directories = {parent for path in files for parent in _parents(path)}
     return [
         path

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol
 
-from tune_sync_plugin.engine.checksum import Checksum, checksum_of
+from tune_sync_plugin.engine.checksum import Rolling, checksum_of, hasher
 from tune_sync_plugin.engine.scan import FileEntry, Fingerprint
 from tune_sync_plugin.errors import SourceChangedError, SourceError
 
@@ -27,8 +27,8 @@ class Content(Protocol):
 
     size: int
 
-    def chunks(self) -> Iterator[bytes]:
-        """All of it, in order, from the start."""
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """All of it, in order, from the start, in chunks of that size but for the last."""
 
     def read(self) -> bytes:
         """The whole of it, for what is small enough to hold in memory."""
@@ -41,8 +41,9 @@ class Memory:
         self._data = data
         self.size = len(data)
 
-    def chunks(self) -> Iterator[bytes]:
-        yield self._data
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        for start in range(0, self.size, chunk_bytes):
+            yield self._data[start : start + chunk_bytes]
 
     def read(self) -> bytes:
         return self._data
@@ -55,18 +56,24 @@ class Source:
     because a directory was swapped): then it is that one's, and so is the size. The scan's would
     cut a replaced file short, and be taken for true once a directory is swapped back.
 
+    Args:
+        entry: What the scan found.
+        etags: Whether its checksum is to be one that S3's ETags can be compared with.
+
     Attributes:
-        checksum: Of what was handed out last, once all of it was: the file may be written to at
-            the same time, so that reading it again would not tell.
+        rolling: The rolling checksum of what was handed out last, once all of it was: the file may
+            be written to at the same time, so that reading it again would not tell.
+        checksum: Likewise the checksum that storage is compared with.
 
     Raises:
         SourceChangedError: The file is gone, is no regular file any more, or shrank.
         SourceError: It can't be read.
     """
 
-    def __init__(self, entry: FileEntry) -> None:
+    def __init__(self, entry: FileEntry, *, etags: bool = True) -> None:
         self.path = entry.path
-        self.checksum = ""
+        self.checksum = self.rolling = ""
+        self._etags = etags
         try:
             # O_NONBLOCK: opening a FIFO for reading would wait for a writer.
             self._fd = os.open(entry.location, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -96,21 +103,27 @@ class Source:
     ) -> None:
         os.close(self._fd)
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The file's first ``size`` bytes, as they are now, from the start."""
-        offset = 0
-        checksum = Checksum()
-        while offset < self.size:
+        rolling = Rolling()
+        checksum = hasher() if self._etags else rolling
+        for chunk in self._bytes(0, self.size, chunk_bytes):
+            checksum.update(chunk)
+            if rolling is not checksum:
+                rolling.update(chunk)
+            yield chunk
+        self.checksum, self.rolling = checksum.text(), rolling.text()
+
+    def _bytes(self, start: int, end: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        while start < end:
             try:
-                chunk = os.pread(self._fd, min(CHUNK_BYTES, self.size - offset), offset)
+                chunk = os.pread(self._fd, min(chunk_bytes, end - start), start)
             except OSError as error:
                 raise self._error(error) from error
             if not chunk:
                 raise SourceChangedError(f"{self.path} shrank while it was read")
-            offset += len(chunk)
-            checksum.update(chunk)
+            start += len(chunk)
             yield chunk
-        self.checksum = checksum.text()
 
     def read(self) -> bytes:
         """The whole of it, for files small enough to hold in memory."""
@@ -118,4 +131,45 @@ class Source:
 
     def matches(self, checksum: str) -> bool:
         """Whether the content has this checksum, to tell states with equal fingerprints apart."""
-        return checksum_of(self.chunks(), like=checksum) == checksum
+        return checksum_of(self._bytes(0, self.size), like=checksum) == checksum
+
+    def compute_checksum(self) -> str:
+        """Read it all for its checksum."""
+        for _ in self.chunks():
+            pass
+        return self.checksum
+
+    def tail(self, start: int, rolling: str) -> Tail | None:
+        """What follows the first ``start`` bytes, if these still have that rolling checksum.
+
+        Reads them, and so knows the whole content's rolling checksum once it has read the tail.
+        """
+        computing = Rolling()
+        for chunk in self._bytes(0, start):
+            computing.update(chunk)
+        return Tail(self, start, computing) if computing.text() == rolling else None
+
+
+class Tail:
+    """The end of a file that has grown, as a content of its own.
+
+    Attributes:
+        start: The length of what is before it.
+        size: Its own.
+        rolling: The rolling checksum of the whole file up to its end, once it was handed out.
+    """
+
+    def __init__(self, source: Source, start: int, before: Rolling) -> None:
+        self.start, self.size = start, source.size - start
+        self.rolling = ""
+        self._source, self._before = source, before
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        rolling = self._before.copy()
+        for chunk in self._source._bytes(self.start, self._source.size, chunk_bytes):
+            rolling.update(chunk)
+            yield chunk
+        self.rolling = rolling.text()
+
+    def read(self) -> bytes:
+        return b"".join(self.chunks())

@@ -6,23 +6,25 @@ stores do that by nature; file systems get a temporary name next to the final on
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import posixpath
 import re
-import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
-from tune_sync_plugin.engine.source import CHUNK_BYTES, Content
+from tune_sync_plugin.engine.source import Content, Tail
 from tune_sync_plugin.errors import is_denied
 
 
 class Stat(NamedTuple):
-    """What a storage says of a file: its size and, where it is S3, the object's ETag."""
+    """What a storage says of a file.
+
+    Attributes:
+        size: In bytes.
+        etag: What changes with the content, if it tells such a thing; on S3 the object's ETag,
+            without its quotes.
+    """
 
     size: int
     etag: str | None = None
@@ -42,8 +44,25 @@ class Storage(Protocol):
     def has_directories(self) -> bool:
         """Whether a file ``a`` and a file ``a/b`` exclude each other."""
 
-    def write(self, path: str, source: Content, run_id: str) -> None:
-        """Store the source's bytes under ``path``, replacing what was there, in one step."""
+    @property
+    def has_checksums(self) -> bool:
+        """Whether its ETags are those of S3, which :func:`.etag_matches` understands."""
+
+    @property
+    def append_from(self) -> int | None:
+        """From what size on, in bytes, a file that grew is better appended to; ``None``: never."""
+
+    def write(self, path: str, source: Content, run_id: str) -> str | None:
+        """Store the source's bytes under ``path``, replacing what was there, in one step.
+
+        Returns the ETag of what is there now, if storage tells it unasked.
+        """
+
+    def append(self, path: str, tail: Tail, etag: str) -> bool:
+        """Make the file under ``path`` longer, if it is the one with that ETag and that length.
+
+        Returns ``False``, with nothing changed, if it is not, or storage can't.
+        """
 
     def stat(self, path: str) -> Stat | None:
         """What there is under ``path``, asked of the storage itself; ``None`` if nothing."""
@@ -80,25 +99,23 @@ def storage_at(filesystem: Any, path: str) -> Storage:
         TypeError: It is neither.
     """
     import fsspec
-    from fsspec.implementations.dirfs import DirFileSystem
     from fsspec.implementations.local import LocalFileSystem
     from pyarrow import fs as arrow
 
-    if isinstance(filesystem, arrow.SubTreeFileSystem):
-        # As it does itself: a leading slash is below its root, not the machine's.
-        inside = posixpath.join(filesystem.base_path, path.lstrip("/"))
-        return storage_at(filesystem.base_fs, inside)
-    # Exact types from here on: whoever derives from one of these does something of his own.
-    if type(filesystem) is arrow.PyFileSystem and type(filesystem.handler) is arrow.FSSpecHandler:
-        return storage_at(filesystem.handler.fs, path)
-    if type(filesystem) is DirFileSystem and filesystem.path:
-        return storage_at(filesystem.fs, f"{filesystem.path}/{path}")
+    filesystem, path = _unwrap(filesystem, path)
     if type(filesystem) in (LocalFileSystem, arrow.LocalFileSystem):
+        from tune_sync_plugin.engine.local_storage import LocalStorage
+
         return LocalStorage(LocalFileSystem._strip_protocol(path))
     if isinstance(filesystem, arrow.FileSystem):
         from tune_sync_plugin.engine.arrow_storage import ArrowStorage
 
-        return ArrowStorage(filesystem, path)
+        plain = ArrowStorage(filesystem, path)
+        if filesystem.type_name != "s3":
+            return plain
+        from tune_sync_plugin.engine.object_storage import faster
+
+        return faster(plain, filesystem, path)
     if isinstance(filesystem, fsspec.AbstractFileSystem):
         from tune_sync_plugin.engine.fsspec_storage import FsspecStorage
 
@@ -107,6 +124,22 @@ def storage_at(filesystem: Any, path: str) -> Storage:
         f"storage_filesystem must be a pyarrow.fs.FileSystem or an fsspec file system, "
         f"not {type(filesystem).__name__}"
     )
+
+
+def _unwrap(filesystem: Any, path: str) -> tuple[Any, str]:
+    from fsspec.implementations.dirfs import DirFileSystem
+    from pyarrow import fs as arrow
+
+    if isinstance(filesystem, arrow.SubTreeFileSystem):
+        # As it does itself: a leading slash is below its root, not the machine's.
+        inside = posixpath.join(filesystem.base_path, path.lstrip("/"))
+        return _unwrap(filesystem.base_fs, inside)
+    # Exact types from here on: whoever derives from one of these does something of his own.
+    if type(filesystem) is arrow.PyFileSystem and type(filesystem.handler) is arrow.FSSpecHandler:
+        return _unwrap(filesystem.handler.fs, path)
+    if type(filesystem) is DirFileSystem and filesystem.path:
+        return _unwrap(filesystem.fs, f"{filesystem.path}/{path}")
+    return filesystem, path
 
 
 def service(options: Mapping[str, Any]) -> str:
@@ -155,82 +188,3 @@ def holds(
         if is_denied(error):
             return False  # as far as anybody can tell
         raise
-
-
-class LocalStorage:
-    """A directory of this machine: its disk, NFS, any mount."""
-
-    has_directories = True
-
-    def __init__(self, root: str) -> None:
-        self._root = os.path.abspath(root)
-        self.name = f"local:{self._root}"
-        self._made: set[str] = set()
-
-    def write(self, path: str, source: Content, run_id: str) -> None:
-        final = os.path.join(self._root, path)
-        partial = os.path.join(self._root, partial_path(path, run_id))
-        parent = os.path.dirname(final)
-        if parent not in self._made:
-            os.makedirs(parent, exist_ok=True)
-            self._made.add(parent)
-        try:
-            with open(partial, "wb", buffering=0) as out:
-                for chunk in source.chunks():
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[out.write(view) :]
-            os.replace(partial, final)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
-            # Somebody may have removed the directory under us; the retry makes it anew.
-            self._made.discard(parent)
-            raise
-
-    def stat(self, path: str) -> Stat | None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            status = os.stat(os.path.join(self._root, path))
-            return Stat(status.st_size) if stat.S_ISREG(status.st_mode) else None
-        return None
-
-    def read(self, path: str) -> Iterator[bytes]:
-        with open(os.path.join(self._root, path), "rb", buffering=0) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-
-    def files(self) -> dict[str, int]:
-        found = {}
-        for directory, _, names in os.walk(self._root):
-            for name in names:
-                location = os.path.join(directory, name)
-                path = os.path.relpath(location, self._root)
-                with contextlib.suppress(FileNotFoundError):
-                    if not is_partial(path) and os.path.isfile(location):
-                        found[path] = os.stat(location).st_size
-        return found
-
-    def copy(self, path: str, to: str) -> None:
-        source, target = os.path.join(self._root, path), os.path.join(self._root, to)
-        try:
-            # Enough, since a file is replaced by renaming and never written to in place.
-            os.link(source, target)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            shutil.copyfile(source, target)
-
-    def remove(self, path: str) -> None:
-        final = os.path.join(self._root, path)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            os.unlink(final)
-        self._made.clear()
-        with contextlib.suppress(OSError):  # the first one that is not empty ends it
-            parent = os.path.dirname(final)
-            while parent != self._root:
-                os.rmdir(parent)
-                parent = os.path.dirname(parent)
-
-    def discard_partial(self, path: str, run_id: str) -> None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(os.path.join(self._root, partial_path(path, run_id)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from tune_sync_plugin.engine.checksum import checksum_of
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.index import INDEX, Entry, is_ours
 from tune_sync_plugin.engine.keeper import Indexing, IndexKeeper
@@ -18,7 +17,7 @@ from tune_sync_plugin.engine.pool import Limits, once, run
 from tune_sync_plugin.engine.scan import Scan, scan
 from tune_sync_plugin.engine.source import Source
 from tune_sync_plugin.engine.storage import Storage, holds
-from tune_sync_plugin.engine.transfer import Outcome, Transfer
+from tune_sync_plugin.engine.transfer import Outcome, Transfer, is_as_sent
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.report import FileFailure, SyncReport
 
@@ -68,6 +67,7 @@ def sync(
     *,
     label: str = "",
     taken: Callable[[str], bool] = lambda path: False,
+    occupied: Iterable[str] = (),
     indexing: Indexing | None = None,
     labels: Mapping[str, str] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
@@ -82,13 +82,14 @@ def sync(
         label: Who this is for (a trial's id); repeated in the report's failures.
         taken: Tells the paths in ``storage`` that somebody else writes; files of ours that would
             go there are reported instead.
+        occupied: Paths for which ``taken`` may have changed since they were synced.
         indexing: How to keep the index in storage that a restore needs; default: there is none.
         labels: Names of roots, which the index notes for their files.
         clock: Seconds, monotonic.
 
     Example:
         >>> import os, tempfile
-        >>> from tune_sync_plugin.engine.storage import LocalStorage
+        >>> from tune_sync_plugin.engine.local_storage import LocalStorage
         >>> there = tempfile.mkdtemp()
         >>> os.mkdir(f"{there}/a"); _ = open(f"{there}/a/x", "w").write("12345")
         >>> report = sync([f"{there}/a"], LocalStorage(f"{there}/b"), f"{there}/manifest")
@@ -99,18 +100,25 @@ def sync(
     """
     started = clock()
     limits = Limits(options.concurrency, started + options.timeout_s, clock)
-    scanned = scan(roots, options.keep, follow_symlinks=options.follow_symlinks, labels=labels)
-    for path in [path for path in scanned.files if taken(path) or is_ours(path)]:
-        del scanned.files[path]
-        problem = FileExistsError(_OURS if is_ours(path) else _TAKEN)
-        scanned.failures.append((path, problem))
-    scanned.failures += [(path, FileExistsError(_TWICE)) for path in scanned.conflicts]
-    also = indexing.also if indexing else {}
-    if scanned.is_empty and not also and not os.path.exists(manifest_path):
-        # No manifest: its being there says that files of this have been here.
-        return SyncReport(duration_s=clock() - started)
-    manifest = Manifest(manifest_path, storage.name)
+    # Not made before there is something to record: its being there says that files have been here.
+    manifest = Manifest(manifest_path, storage.name) if os.path.exists(manifest_path) else None
     try:
+        known = manifest.take_settled() if manifest else {}
+        for path in occupied:
+            known.pop(path, None)
+        scanned = scan(
+            roots,
+            options.keep,
+            follow_symlinks=options.follow_symlinks,
+            labels=labels,
+            known=known,
+        )
+        del known
+        _leave_out(scanned, taken)
+        if manifest is None:
+            if scanned.is_empty and not (indexing and indexing.also):
+                return SyncReport(duration_s=clock() - started)
+            manifest = Manifest(manifest_path, storage.name)
         keeper = IndexKeeper(indexing, storage, manifest, limits) if indexing else None
         plan = _plan(scanned, storage, manifest, keeper, limits)
         if options.only_missing:
@@ -132,7 +140,16 @@ def sync(
         warnings += [transfer.unchecked] if transfer.unchecked else []
         return replace(report, warnings=(*report.warnings, *warnings), duration_s=clock() - started)
     finally:
-        manifest.close()
+        if manifest:
+            manifest.close()
+
+
+def _leave_out(scanned: Scan, taken: Callable[[str], bool]) -> None:
+    for path in [path for path in scanned.files if taken(path) or is_ours(path)]:
+        del scanned.files[path]
+        problem = FileExistsError(_OURS if is_ours(path) else _TAKEN)
+        scanned.failures.append((path, problem))
+    scanned.failures += [(path, FileExistsError(_TWICE)) for path in scanned.conflicts]
 
 
 def _plan(
@@ -142,19 +159,22 @@ def _plan(
     keeper: IndexKeeper | None,
     limits: Limits,
 ) -> Plan:
-    known = manifest.load()
+    files = scanned.files
+    known = manifest.records(files)
     unrecorded: dict[str, Reason] = {}
-    unknown = [p for p in scanned.files if p not in known or known[p].fingerprint.size < 0]
+    unknown = [p for p in files if p not in known or known[p].fingerprint.size < 0]
     if unknown:
         unrecorded = keeper.meet(unknown) if keeper else {}
         if manifest.damaged:
             unrecorded = _of_equal_size(scanned, storage, limits) | unrecorded
-    return make_plan(
-        scanned.files,
-        known,
-        unrecorded,
-        has_directories=storage.has_directories,
-        scanned_ns=scanned.started_ns,
+    gone: set[str] = set()
+    if files and storage.has_directories:
+        gone = manifest.paths() - scanned.unchanged - files.keys()
+    plan = make_plan(files, known, unrecorded, gone=gone, scanned_ns=scanned.started_ns)
+    return replace(
+        plan,
+        files_unchanged=plan.files_unchanged + len(scanned.unchanged),
+        bytes_unchanged=plan.bytes_unchanged + scanned.bytes_unchanged,
     )
 
 
@@ -251,7 +271,7 @@ class _Sync:
     def _take(self, outcome: Outcome) -> None:
         path, size = outcome.upload.entry.path, outcome.upload.entry.fingerprint.size
         if outcome.stored:
-            self.files, self.bytes_sent = self.files + 1, self.bytes_sent + size
+            self.files, self.bytes_sent = self.files + 1, self.bytes_sent + outcome.bytes_sent
             self.records[path] = outcome.stored
         elif outcome.same:
             self.files_same, self.bytes_same = self.files_same + 1, self.bytes_same + size
@@ -304,11 +324,10 @@ def _compare(upload: Upload, storage: Storage) -> bool | None:
     found = storage.stat(upload.entry.path)
     if not found:
         return None
-    with Source(upload.entry) as source:
-        if upload.reason is Reason.UNPROVEN and source.matches(upload.sent.checksum):
+    with Source(upload.entry, etags=storage.has_checksums) as source:
+        if upload.reason is Reason.UNPROVEN and is_as_sent(source, upload.sent):
             return True  # it was sent; what is there now is newer, and this no loss
-        checksum = checksum_of(source.chunks())
-        return holds(storage, upload.entry.path, found, source.size, checksum)
+        return holds(storage, upload.entry.path, found, source.size, source.compute_checksum())
 
 
 def _clear_the_way(

@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
     """What became of one planned upload. Exactly one of the first four after it is set.
 
     ``set_aside`` is the new name, and what is stored there, of a file of somebody else's that was
-    in the way.
+    in the way. ``bytes_sent`` are the file's, or those that were appended.
     """
 
     upload: Upload
@@ -33,6 +33,12 @@ class Outcome(NamedTuple):
     deferred: str | None = None
     error: BaseException | None = None
     set_aside: tuple[str, Stat] | None = None
+    bytes_sent: int = 0
+
+
+def is_as_sent(source: Source, sent: Record) -> bool:
+    """Whether a file's content is still what was sent."""
+    return source.size == sent.fingerprint.size and source.matches(sent.rolling or sent.checksum)
 
 
 @dataclass
@@ -77,27 +83,51 @@ class Transfer:
                 yield Outcome(upload, error=result)
 
     def _upload(self, upload: Upload, health: Health) -> Outcome:
-        path, root = upload.entry.path, upload.entry.root
-        with Source(upload.entry) as source:
-            racy = source.fingerprint.is_racy(self.scanned_ns)
-            sent = upload.sent
-            if upload.reason is Reason.UNPROVEN and source.matches(sent.checksum):
-                same = Record(source.fingerprint, sent.checksum, racy, root)
-                return Outcome(upload, same=same)
+        path, sent = upload.entry.path, upload.sent
+        with Source(upload.entry, etags=self.storage.has_checksums) as source:
+
+            def record(checksum: str, etag: str | None, rolling: str) -> Record:
+                racy = source.fingerprint.is_racy(self.scanned_ns)
+                root = upload.entry.root
+                return Record(source.fingerprint, checksum, racy, root, etag or "", rolling)
+
+            if upload.reason is Reason.UNPROVEN and is_as_sent(source, sent):
+                return Outcome(upload, same=record(sent.checksum, sent.etag, sent.rolling))
+            if upload.reason is Reason.APPENDED and (tail := self._append(upload, source)):
+                health.succeeded()
+                return Outcome(upload, stored=record(*tail), bytes_sent=source.size - sent.size)
             found = self._found(upload)
             if found:
-                checksum = checksum_of(source.chunks())
+                checksum = source.compute_checksum()
                 # At worst an encrypted one is kept twice.
                 if holds(self.storage, path, found, source.size, checksum, sure=False):
                     health.succeeded()
-                    return Outcome(upload, same=Record(source.fingerprint, checksum, racy, root))
+                    return Outcome(upload, same=record(checksum, found.etag, source.rolling))
                 if upload.reason is not Reason.UNRECORDED:
                     self._aside[path] = (self._set_aside(path, found), found)
-            self.storage.write(path, source, self.run_id)
-            self._check(path, source)
-            stored = Record(source.fingerprint, source.checksum, racy, root)
-        health.succeeded()
-        return Outcome(upload, stored=stored, set_aside=self._aside.get(path))
+            etag = self.storage.write(path, source, self.run_id)
+            etag = self._check(path, source.size, source.checksum, etag)
+            health.succeeded()
+            return Outcome(
+                upload,
+                stored=record(source.checksum, etag, source.rolling),
+                set_aside=self._aside.get(path),
+                bytes_sent=source.size,
+            )
+
+    def _append(self, upload: Upload, source: Source) -> tuple[str, str | None, str] | None:
+        """Send only what has been appended, if there is no doubt that the rest is in storage.
+
+        Returns the whole file's checksum, ETag and rolling checksum; ``None`` if it was not done.
+        """
+        path, sent, least = upload.entry.path, upload.sent, self.storage.append_from
+        is_same_file = source.fingerprint == upload.entry.fingerprint
+        if least is None or sent.size < least or not (is_same_file and sent.etag and sent.rolling):
+            return None
+        tail = source.tail(sent.size, sent.rolling)
+        if not tail or not self.storage.append(path, tail, sent.etag):
+            return None
+        return tail.rolling, self._check(path, source.size, tail.rolling, None), tail.rolling
 
     def _found(self, upload: Upload) -> Stat | None:
         """What storage has under the path, if that may be anything but what was sent from here."""
@@ -109,9 +139,11 @@ class Transfer:
         if not self.shared or upload.reason is Reason.NEW:
             return None
         found = self.storage.stat(path)
-        if found and found.size == sent.fingerprint.size:
-            return found if etag_matches(sent.checksum, found.etag) is False else None
-        return found
+        if not found or found.size != sent.size:
+            return found
+        if sent.etag and found.etag:
+            return found if found.etag != sent.etag else None
+        return found if etag_matches(sent.checksum, found.etag) is False else None
 
     def _set_aside(self, path: str, theirs: Stat) -> str:
         for number in itertools.count(1):
@@ -129,8 +161,14 @@ class Transfer:
                     return name
         raise AssertionError  # not reached
 
-    def _check(self, path: str, source: Source) -> None:
-        """Ask storage what it has now; raises an ``OSError`` worth a retry if it is not this."""
+    def _check(self, path: str, size: int, checksum: str, etag: str | None) -> str | None:
+        """Ask storage what it has now, if it has not said so already; returns the ETag.
+
+        Raises:
+            OSError: It is not this; worth a retry.
+        """
+        if etag and self._etags_tell and etag_matches(checksum, etag):
+            return etag
         try:
             found = self.storage.stat(path)
         except Exception as error:
@@ -139,14 +177,15 @@ class Transfer:
             self.unchecked = (
                 f"storage takes files but does not let them be looked at: {describe(error)}"
             )
-            return
+            return etag
         if found is None:
             raise OSError(f"storage accepted {posixpath.basename(path)} but does not have it")
-        if found.size != source.size:
-            raise OSError(f"storage holds {found.size} bytes, {source.size} were sent")
-        verdict = etag_matches(source.checksum, found.etag) if self._etags_tell else None
+        if found.size != size:
+            raise OSError(f"storage holds {found.size} bytes, {size} were sent")
+        verdict = etag_matches(checksum, found.etag) if self._etags_tell else None
         if verdict or (verdict is None and not self.read_back):
-            return
-        if checksum_of(self.storage.read(path), like=source.checksum) != source.checksum:
+            return found.etag
+        if checksum_of(self.storage.read(path), like=checksum) != checksum:
             raise OSError("storage holds other bytes than were sent")
         self._etags_tell = self._etags_tell and verdict is None
+        return found.etag
