@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from tune_sync_plugin.engine.index import Entry, Index
 from tune_sync_plugin.engine.plan import Record
-from tune_sync_plugin.engine.scan import Fingerprint
+from tune_sync_plugin.engine.scan import Fingerprint, State
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -102,7 +102,7 @@ class Manifest:
         self._path = path
         self._destination = destination
         self.run_id = uuid.uuid4().hex[:12]
-        self._settled: dict[str, tuple[int, int, int, int]] = {}
+        self._settled: set[State] = set()
         try:
             self._open(path)
         except _UNUSABLE as error:
@@ -111,7 +111,7 @@ class Manifest:
             with self._transaction() as db:
                 for table in ("files", "foreigners", "seen", "meta"):
                     db.execute(f"DELETE FROM {table}")
-            self._settled = {}
+            self._settled = set()
 
     def _open(self, path: str) -> None:
         if path != ":memory:":
@@ -130,7 +130,7 @@ class Manifest:
                 "SELECT path, size, mtime_ns, ctime_ns, inode FROM files "
                 "WHERE NOT (uploading OR racy)"
             )
-            self._settled = {row[0]: row[1:] for row in rows}
+            self._settled = set(rows)
             self.foreigners()
         except BaseException:
             self._db.close()
@@ -191,12 +191,12 @@ class Manifest:
 
     # -- what was sent from here ----------------------------------------------------------------
 
-    def take_settled(self) -> dict[str, tuple[int, int, int, int]]:
-        """What was found on opening: the fingerprints that prove their files unchanged.
+    def take_settled(self) -> set[State]:
+        """What was found on opening: paths and fingerprints that prove their files unchanged.
 
-        Can be had once, and is the caller's to change: there may be very many.
+        Can be had once: there may be very many.
         """
-        settled, self._settled = self._settled, {}
+        settled, self._settled = self._settled, set()
         return settled
 
     def load(self) -> dict[str, Record]:

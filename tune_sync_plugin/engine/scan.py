@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -50,6 +50,11 @@ class Fingerprint(NamedTuple):
         newest = max(self.mtime_ns, self.ctime_ns)
         whole_seconds = not self.mtime_ns % _NS and not self.ctime_ns % _NS
         return newest >= scanned_ns - (2 * _NS if whole_seconds else _NS // 50)
+
+
+# A path with its fingerprint's size, mtime_ns, ctime_ns and inode: a bare tuple, as there may be
+# very many.
+State = tuple[str, int, int, int, int]
 
 
 class FileEntry(NamedTuple):
@@ -97,14 +102,14 @@ def scan(
     *,
     follow_symlinks: bool = False,
     labels: Mapping[str, str] = MappingProxyType({}),
-    known: Mapping[str, tuple[int, int, int, int]] = MappingProxyType({}),
+    known: Collection[State] = frozenset(),
 ) -> Scan:
     """Walk ``roots`` and fingerprint every regular file that ``keep`` wants.
 
     Links to files count as files; links to directories are followed only if asked to, and never
     around a loop. A root that does not exist is empty. Where two roots hold the same relative path
-    the first one wins and the path is listed in ``conflicts``. ``labels`` names the roots. What has
-    the fingerprint that it has in ``known``, and has had it for some seconds, is unchanged.
+    the first one wins and the path is listed in ``conflicts``. ``labels`` names the roots. What is
+    as it is in ``known``, a set, and has been so for some seconds, is unchanged.
     """
     result = Scan()
     for number, root in enumerate(roots):
@@ -122,11 +127,11 @@ def _walk(  # noqa: PLR0912 - a call per file would cost more than the file
     root: _Root,
     keep: Filter,
     follow: bool,
-    known: Mapping[str, tuple[int, int, int, int]],
+    known: Collection[State],
     result: Scan,
 ) -> None:
     # What takes time here takes it for each of perhaps 100,000 files, at every sync.
-    unchanged, look_up = result.unchanged, known.get
+    unchanged = result.unchanged
     settled_ns = result.started_ns - _SETTLED_NS
     keeps_all = keep == Filter()
     # (location, relative prefix, identities of the directories above: only kept when following)
@@ -157,7 +162,7 @@ def _walk(  # noqa: PLR0912 - a call per file would cost more than the file
                 status = child.stat()
                 size, mtime_ns, ctime_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
                 if (
-                    look_up(path) == (size, mtime_ns, ctime_ns, status.st_ino)
+                    (path, size, mtime_ns, ctime_ns, status.st_ino) in known
                     and mtime_ns < settled_ns
                     and ctime_ns < settled_ns
                     and not (root.overlaid and (path in unchanged or path in result.files))

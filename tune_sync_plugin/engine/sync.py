@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -67,7 +67,7 @@ def sync(
     *,
     label: str = "",
     taken: Callable[[str], bool] = lambda path: False,
-    occupied: Iterable[str] = (),
+    occupied: Collection[str] = frozenset(),
     indexing: Indexing | None = None,
     labels: Mapping[str, str] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
@@ -103,9 +103,9 @@ def sync(
     # Not made before there is something to record: its being there says that files have been here.
     manifest = Manifest(manifest_path, storage.name) if os.path.exists(manifest_path) else None
     try:
-        known = manifest.take_settled() if manifest else {}
-        for path in occupied:
-            known.pop(path, None)
+        known = manifest.take_settled() if manifest else set()
+        if occupied:
+            known = {state for state in known if state[0] not in occupied}
         scanned = scan(
             roots,
             options.keep,
