@@ -7,8 +7,10 @@ imports, so that they are not timed, and returns the call that is. Nothing is me
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +28,8 @@ def ours() -> Call:
     """
     from pyarrow.fs import FileSystem
 
-    # What a worker has loaded that has run a task of ours before.
+    # What a worker has loaded that has run a task of ours before: no part of Ray Tune.
     import tune_sync_plugin.tasks  # noqa: F401
-    from tune_sync_plugin.config import SyncConfig
     from tune_sync_plugin.engine.keeper import Indexing
     from tune_sync_plugin.engine.storage import storage_at
     from tune_sync_plugin.engine.sync import sync
@@ -42,7 +43,7 @@ def ours() -> Call:
             [job["root"]],
             storage_at(filesystem, path),
             job["manifest"],
-            SyncConfig().options(),
+            pickle.loads(base64.b64decode(job["options"])),  # SyncConfig()'s
             label="bench",
             taken=is_rays,
             indexing=Indexing(writer="bench", forced=True, drivers=is_drivers),

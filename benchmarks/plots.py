@@ -33,6 +33,7 @@ def draw(directory: Path) -> list[Path]:
     drawn = [
         _cold(directory, [found[case] for case in _COLD if found[case]]),
         _again(directory, found["changed"]),
+        _runs(directory, found["driver"], found["blocked"]),
     ]
     return [path for path in drawn if path]
 
@@ -44,8 +45,10 @@ def _read(directory: Path, case: str) -> dict[str, Any] | None:
 
 def _bars(axes: Any, summary: dict[str, Any], key: str, label: str, form: str) -> None:
     """Horizontal bars by client on a log scale, the best one at the top."""
+    from matplotlib.ticker import NullFormatter
+
     rows = sorted(summary.items(), key=lambda item: item[1][key])
-    names = [PEERS[name].title.partition(",")[0].replace("`", "") for name, _ in rows]
+    names = [_name(name) for name, _ in rows]
     values = [row[key] for _, row in rows]
     colors = [_OURS if name == "ours" else _RAY if name == "ray" else _OTHER for name, _ in rows]
     bars = axes.barh(names, values, color=colors, height=0.7)
@@ -53,10 +56,17 @@ def _bars(axes: Any, summary: dict[str, Any], key: str, label: str, form: str) -
     texts = [format(value, form) + mark for value, mark in zip(values, scaled, strict=True)]
     axes.bar_label(bars, texts, padding=3)
     axes.set_xscale("log")
+    # The bars bear their figures; between powers of ten an axis's would overlap.
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(min(values) / 2, max(values) * 2.5)
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name(client: str) -> str:
+    return PEERS[client].title.partition(",")[0].replace("`", "") if client in PEERS else client
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -98,6 +108,23 @@ def _again(directory: Path, case: dict[str, Any] | None) -> Path | None:
     _bars(right, case["summary"], "requests", "requests, log scale", ",.0f")
     figure.suptitle(case["title"], fontsize=10)
     return _save(figure, directory / "changed.svg")
+
+
+def _runs(
+    directory: Path, driver: dict[str, Any] | None, blocked: dict[str, Any] | None
+) -> Path | None:
+    if not (driver and blocked and driver["summary"] and blocked["summary"]):
+        return None
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 2.2), layout="constrained")
+    _bars(left, driver["summary"], "wall_s", "seconds, log scale", ".1f")
+    left.set_title(f"{driver['title']}:\nfrom the last result to the return of fit()", fontsize=9)
+    _bars(right, blocked["summary"], "wall_s", "seconds, log scale", ".2f")
+    right.set_title(f"{blocked['title'].replace('`', '')}:\nblocked per report", fontsize=9)
+    if any(row["factor"] != 1 for row in driver["summary"].values()):
+        figure.supxlabel("* a part was measured and scaled", fontsize=8)
+    return _save(figure, directory / "runs.svg")
 
 
 if __name__ == "__main__":

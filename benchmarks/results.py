@@ -13,7 +13,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -110,6 +110,8 @@ def number(value: float) -> str:
         return f"{value:,}"
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
+    if abs(value) < 0.1:
+        return f"{value:.3f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
@@ -212,23 +214,31 @@ def details(case: Mapping[str, Any]) -> str:
     if not summary:
         return ""
     ray = summary.get("ray", {}).get("wall_s")
-    rows = [
-        f"**{case['title']}**\n",
-        "| Client | wall s (least to most) | Ray's time / its | CPU s | peak RSS above idle, MB "
-        "| requests | MB sent | n |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in sorted(summary.items(), key=lambda item: item[1]["wall_s"]):
-        part = f", {100 / row['factor']:g} % measured, scaled" if row["factor"] != 1 else ""
-        wall = f"{number(row['wall_s'])} ({number(row['wall_min_s'])} to "
-        wall += f"{number(row['wall_max_s'])}){part}"
-        ratio = f"{number(ray / row['wall_s'])}" if ray else ""
-        cells = [_title(name), wall, ratio, number(row["cpu_s"])]
-        cells += [number(row["peak_above_idle_mb"]), f"{row['requests']:,.0f}"]
-        cells += [number(row["sent_mb"]), str(row["n"])]
-        rows.append("| " + " | ".join(cells) + " |")
+    columns: dict[str, Callable[[str, Any], str]] = {
+        "Client": lambda name, row: _title(name),
+        "wall s (least to most)": lambda name, row: _wall(row),
+        "Ray's time / its": lambda name, row: number(ray / row["wall_s"]) if ray else "",
+        "CPU s": lambda name, row: number(row["cpu_s"]) if row["cpu_s"] else "",
+        "peak RSS above idle, MB": lambda name, row: (
+            number(row["peak_above_idle_mb"]) if row["peak_above_idle_mb"] else ""
+        ),
+        "requests": lambda name, row: f"{row['requests']:,.0f}" if row["requests"] else "",
+        "MB sent": lambda name, row: number(row["sent_mb"]) if row["sent_mb"] else "",
+        "n": lambda name, row: str(row["n"]),
+    }
+    ordered = sorted(summary.items(), key=lambda item: item[1]["wall_s"])
+    texts = {title: [cell(*item) for item in ordered] for title, cell in columns.items()}
+    texts = {title: cells for title, cells in texts.items() if any(cells)}
+    rows = [f"**{case['title']}**\n", "| " + " | ".join(texts) + " |", "|---" * len(texts) + "|"]
+    rows += ["| " + " | ".join(cells) + " |" for cells in zip(*texts.values(), strict=True)]
     notes = [f"\n{note}" for note in case["notes"]]
     return "\n".join(rows + notes)
+
+
+def _wall(row: Mapping[str, Any]) -> str:
+    part = f", {100 / row['factor']:.3g} % measured, scaled" if row["factor"] != 1 else ""
+    least, most = number(row["wall_min_s"]), number(row["wall_max_s"])
+    return f"{number(row['wall_s'])} ({least} to {most}){part}"
 
 
 def _title(name: str) -> str:

@@ -63,17 +63,18 @@ def driver(bench: Bench, results: Mapping[str, Result]) -> Result:
     the trials, the same twenty active, and its time is scaled by the number of files; it would take
     about five minutes for one snapshot of all.
     """
-    trials, active = bench.pick(1000, 60), bench.pick(20, 4)
-    part, seconds = bench.pick(100, 20), bench.pick(60, 25)
+    trials, active = bench.pick(1000, 20), bench.pick(20, 2)
+    part, period = bench.pick(100, 10), bench.pick(10, 3)
     result = Result("driver", f"the driver's directory, {trials:,} trials of 5 files")
-    ours = _run(bench, "driver", by="ours", trials=trials, active=active, seconds=seconds)
-    rays = _run(
-        bench, "driver", by="ray", trials=part, active=active, seconds=bench.pick(30, seconds)
-    )
+    shape = {"active": active, "period": period}
+    ours = _run(bench, "driver", by="ours", trials=trials, seconds=6 * period, **shape)
+    rays = _run(bench, "driver", by="ray", trials=part, seconds=3 * period, **shape)
     factor = trials / part
     result.add("ours", _sample(ours))
     result.add("ray", scaled(_sample(rays), factor))
-    steady = ours["requests_by_burst"][1:-1]
+    # The largest is the first upload of everything, the last one the end of the run.
+    bursts = ours["requests_by_burst"]
+    steady = bursts[bursts.index(max(bursts)) + 1 : -1]
     per_snapshot = statistics.median(steady) if steady else float("inf")
     # Of an active trial three files change, the fifth at most; and there is the state itself.
     limit = active * 5 + 5
@@ -82,7 +83,7 @@ def driver(bench: Bench, results: Mapping[str, Result]) -> Result:
     result.at_most("requests per snapshot", per_snapshot, limit, n, "", more)
     ratio = result.wall("ray") / result.wall("ours")
     more = f"{result.wall('ours'):.1f} s to {result.wall('ray'):.0f} s, "
-    more += f"{100 / factor:g} % of Ray's measured, scaled"
+    more += f"{100 / factor:.3g} % of Ray's measured, scaled"
     n = result.n("ours", "ray")
     result.at_least("less from the last result to `fit()` returning", ratio, 20, n, more=more)
     result.notes.append(
@@ -102,7 +103,7 @@ def blocked(bench: Bench, results: Mapping[str, Result]) -> Result:
     syncs the artifacts: that is all there is without any artifact sync, and is told beside.
     """
     result = Result("blocked", "`tune.report(checkpoint=...)`, 20 MB of new artifacts, 20 MB/s")
-    steps, rounds = bench.pick(4, 2), bench.pick(2, 1)
+    steps, rounds = bench.pick(4, 1), bench.pick(2, 1)
     found = _run(bench, "blocked", steps=steps, rounds=rounds, bandwidth=LINK)
     for by, figures in found.items():
         for wall_s, cpu_s in zip(figures["report_s"], figures["cpu_s"], strict=True):
@@ -128,7 +129,7 @@ def blocked(bench: Bench, results: Mapping[str, Result]) -> Result:
 
 def hooks(bench: Bench, results: Mapping[str, Result]) -> Result:
     """What the callback costs Tune's loop, see ``hooks.py``."""
-    trials = bench.pick(10_000, 500)
+    trials = bench.pick(10_000, 300)
     result = Result("hooks", f"driver, {trials:,} live trials")
     found = _run(bench, "hooks", trials=trials)
     for hook in ("on_trial_result", "on_step_end"):
@@ -147,11 +148,12 @@ def fixed(bench: Bench, results: Mapping[str, Result]) -> Result:
 
     Each in a cluster of its own, so that a sync task's worker process has to start every time.
     """
-    seconds = bench.pick(10, 3)
-    result = Result("fixed", f"a run of {seconds} s, 4 trials, nothing worth syncing")
+    seconds = bench.pick(10, 2)
+    trials = bench.pick(4, 2)
+    result = Result("fixed", f"a run of {seconds} s, {trials} trials, nothing worth syncing")
     for _ in range(bench.pick(3, 1)):
         for by in ("ours", "ray"):
-            found = _run(bench, "fixed", by=by, seconds=seconds)
+            found = _run(bench, "fixed", by=by, trials=trials, seconds=seconds)
             result.add(by, Sample(found["wall_s"], extra=found))
     more = f"{result.wall('ours'):.1f} s to {result.wall('ray'):.1f} s"
     value = result.wall("ours") - result.wall("ray")

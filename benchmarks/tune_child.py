@@ -87,8 +87,8 @@ def _fit(link: Link, train: Any, by: str, clock: Clock, trials: int, **config: A
     return took_s
 
 
-def fixed(by: str, seconds: float) -> dict[str, Any]:
-    """Four trials that train so long and write nothing."""
+def fixed(by: str, trials: int, seconds: float) -> dict[str, Any]:
+    """Trials that train so long, all at once, and write nothing."""
 
     def train(config: dict[str, Any]) -> None:
         end = time.monotonic() + seconds
@@ -97,13 +97,13 @@ def fixed(by: str, seconds: float) -> dict[str, Any]:
             tune.report({"x": config["x"]})
 
     clock = Clock()
-    with _link() as link, LocalCluster(workers=0, head_num_cpus=4):
-        took_s = _fit(link, train, by, clock, 4, sync_artifacts=True)
+    with _link() as link, LocalCluster(workers=0, head_num_cpus=trials):
+        took_s = _fit(link, train, by, clock, trials, sync_artifacts=True)
         ended = time.monotonic()
     return {"wall_s": took_s, "after_last_result_s": ended - clock.last_result}
 
 
-def driver(by: str, trials: int, active: int, seconds: float) -> dict[str, Any]:
+def driver(by: str, trials: int, active: int, period: int, seconds: float) -> dict[str, Any]:
     """Active trials that report every second, beside the directories of those that have ended."""
 
     def train(config: dict[str, Any]) -> None:
@@ -112,10 +112,10 @@ def driver(by: str, trials: int, active: int, seconds: float) -> dict[str, Any]:
             time.sleep(1)
             tune.report({"x": config["x"]})
 
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "10"
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(period)
     clock = Clock(trials - active)
     with _link() as link, LocalCluster(workers=0, head_num_cpus=2):
-        took_s = _fit(link, train, by, clock, active, sync_period=5)
+        took_s = _fit(link, train, by, clock, active, sync_period=1)
         ended = time.monotonic()
         stats = link.proxy.stats()
         stored = sum("/.tune_sync/" not in key for key in link.s3.keys())  # noqa: SIM118
@@ -129,7 +129,7 @@ def driver(by: str, trials: int, active: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _bursts(stats: Stats, gap_s: float = 2.0) -> list[int]:
+def _bursts(stats: Stats, gap_s: float = 1.5) -> list[int]:
     """How many requests came without so long a pause between them, burst by burst."""
     counts: list[int] = []
     last_s = float("-inf")

@@ -59,7 +59,7 @@ def medium(bench: Bench, results: Mapping[str, Result]) -> Result:
 
 
 def large(bench: Bench, results: Mapping[str, Result]) -> Result:
-    size = bench.pick(512, 48)
+    size = bench.pick(512, 32)
     result = Result(LARGE, f"cold upload, 2 x {size} MB")
     rounds = {**_FAST, "rclone": 5, "s3fs": 5, "fsspec": 3, "aws": 3, "ray": 3}
     with bench.directory("large") as root:
@@ -73,7 +73,7 @@ def large(bench: Bench, results: Mapping[str, Result]) -> Result:
 
 def cpu(bench: Bench, results: Mapping[str, Result]) -> Result:
     """CPU seconds, from the uploads of the cases `small` and `large`; they are run if need be."""
-    count, size = bench.pick(2000, 200), bench.pick(512, 48) * 2
+    count, size = bench.pick(2000, 200), bench.pick(512, 32) * 2
     result = Result("cpu", "CPU seconds of a cold upload, all threads and processes")
     for case, run, per, what in (
         (SMALL, small, count / 1000, "per 1,000 files of 10 KB"),
@@ -102,7 +102,7 @@ def _compare(
         slices: Clients that are given only a part of it.
     """
     files = len(trees_files(root))
-    counts = {name: bench.pick(n, min(n, 2)) for name, n in rounds.items()}
+    counts = {name: bench.pick(n, 2 if name in _FAST else 1) for name, n in rounds.items()}
     counts = {name: n for name, n in counts.items() if name not in bench.left_out}
     for number, name in interleaved(counts):
         if name in result.failed:
@@ -138,14 +138,22 @@ def _judge(result: Result, faster_than_ray: float | None = None) -> None:
     ours = result.wall("ours")
     if faster_than_ray is not None:
         scale = result.samples["ray"][0].factor if result.samples.get("ray") else 1
-        more = f"{100 / scale:g} % of Ray's measured, scaled" if scale != 1 else ""
+        more = f"{100 / scale:.3g} % of Ray's measured, scaled" if scale != 1 else ""
         ratio = result.wall("ray") / ours
         n = result.n("ours", "ray")
         result.at_least("faster than Ray", ratio, faster_than_ray, n, more=more)
     peers = [name for name in result.samples if name not in ("ours", "ray")]
-    if peers:
+    if peers and result.samples.get("ours"):
         fastest = min(peers, key=result.wall)
         ratio = result.wall(fastest) / ours
         n = result.n("ours", fastest)
         more = f"{ours:.2f} s to {result.wall(fastest):.2f} s of {fastest}"
         result.at_least("faster than the fastest peer", ratio, 1, n, more=more)
+    shares = {
+        name: result.median(name, lambda sample: sample.proxy_cpu_s / sample.wall_s)
+        for name in ("ours", *peers)
+    }
+    busy = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+    result.notes.append(
+        f"How busy the proxy's one thread was meanwhile: {busy}. Near 100 % it is what limits."
+    )
