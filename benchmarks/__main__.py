@@ -63,17 +63,19 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 2
     directory = results.DIRECTORY / "quick" if options.quick else results.DIRECTORY
-    _measure(options, directory)
+    crashed = _measure(options, directory)
     found = results.read(directory, options.case or CASES)
     print((_NOT_FOR_README if options.quick else "") + _tables(found))
     if options.quick:
         plots.draw(directory)
     elif not options.case:
         _publish()
-    return 0
+    return 1 if crashed else 0
 
 
-def _measure(options: argparse.Namespace, directory: Path) -> None:
+def _measure(options: argparse.Namespace, directory: Path) -> list[str]:
+    """Run the cases and write their JSON; returns those that could not be run to their end."""
+    crashed: list[str] = []
     scratch = options.scratch or Path(tempfile.gettempdir())
     server = options.server_dir or _server_directory(scratch)
     started, done = time.monotonic(), dict[str, Result]()
@@ -95,6 +97,7 @@ def _measure(options: argparse.Namespace, directory: Path) -> None:
                 # The other cases' figures are worth having, and this one's absence is told.
                 traceback.print_exc()
                 result = Result(name, name, failed={name: f"{type(error).__name__}: {error}"})
+                crashed.append(name)
                 bench.dismiss()
             result.took_s = round(time.monotonic() - begun, 1)
             result.notes += [f"Left out: {peer} ({why})." for peer, why in bench.left_out.items()]
@@ -104,6 +107,7 @@ def _measure(options: argparse.Namespace, directory: Path) -> None:
                 verdict = {True: "met", False: "MISSED", None: ""}[row.met]
                 log(f"  {name}: {row.what}: {row.measured}, reach {row.reach} {verdict}")
             log(f"{name} took {result.took_s:.0f} s; {time.monotonic() - started:.0f} s in all")
+    return crashed
 
 
 def _server_directory(scratch: Path) -> Path:

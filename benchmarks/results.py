@@ -250,7 +250,10 @@ def setting(found: list[dict[str, Any]]) -> str:
     newest = max(found, key=lambda case: case["date"])
     facts, versions_ = newest["machine"], newest["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions_.items())
+    commits = {case["versions"]["commit"] for case in found}
+    more = f" Of several commits: {', '.join(sorted(commits))}." if len(commits) > 1 else ""
     return (
         f"{newest['date'][:10]}, {facts['cores']} cores of {facts['cpu']}, "
-        f"{facts['memory_gb']} GB, Linux {facts['kernel']}, Python {facts['python']}; {named}."
+        f"{facts['memory_gb']} GB, Linux {facts['kernel']}, Python {facts['python']}, "
+        f"load average {facts['load_average']:.1f} at the start; {named}.{more}"
     )
