@@ -1,1 +1,1 @@
-"""Commands that measure what the README claims. ``python -m benchmarks.NAME`` from the root."""
+"""Commands that measure what the README claims: ``python -m benchmarks``, and its modules alone."""

@@ -1,7 +1,8 @@
 """What a hook costs Tune's loop while nothing is due: ``python -m benchmarks.hooks``.
 
-Runs a real experiment and, inside it, gives the live dispatcher so many more trials; then times
-the hooks that Tune calls most. Prints the medians of several rounds, in microseconds.
+Runs a real experiment and, inside it, gives the live dispatcher so many more trials; times its poll
+while they are all being synced, and then the hooks that Tune calls most. Prints the medians of
+several rounds, in microseconds. The case ``hooks`` of ``python -m benchmarks`` runs this too.
 """
 
 from __future__ import annotations
@@ -41,10 +42,17 @@ class Probe(tune.Callback):
             job = SyncJob(key, (f"working_dirs/{key}",), "/tmp/unused", SyncOptions())
             experiment.dispatcher.set_places(key, {here: job})
             experiment.dispatcher.request(key, forced=False)
-        experiment.dispatcher.settle(keys, 300)
+        polls = []
         deadline = time.monotonic() + 300
         while len(experiment._report.trials) < self.trials and time.monotonic() < deadline:
+            start = time.perf_counter()
             experiment.poll()
+            polls.append((time.perf_counter() - start) * 1e6)
+            time.sleep(0.001)  # Tune's loop has other things to do
+        self.figures["poll, busy, median"] = statistics.median(polls)
+        self.figures["poll, busy, 99 %"] = statistics.quantiles(polls, n=100)[98]
+        self.figures["poll, busy, longest"] = max(polls)
+        self.figures["polls"] = len(polls)
         fakes = [SimpleNamespace(trial_id=key) for key in keys]
         hooks = {
             "on_trial_result": lambda n: self.callback.on_trial_result(
@@ -63,7 +71,10 @@ class Probe(tune.Callback):
 
 
 def measure(trials: int) -> dict[str, float]:
-    """Microseconds per call, by hook, with so many live trials."""
+    """Microseconds per call, by hook, with so many live trials; and how many busy polls were timed.
+
+    "Busy" is while all trials are being synced; the others are while nothing is due.
+    """
     callback = SyncCallback()
     probe = Probe(callback, trials)
     with tempfile.TemporaryDirectory() as storage:
@@ -83,8 +94,9 @@ def main() -> None:
     """Print a line per hook and number of trials."""
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     for trials in [int(argument) for argument in sys.argv[1:]] or [1000, 10_000]:
-        for name, microseconds in measure(trials).items():
-            print(f"{trials:>6} live trials  {name:<16} {microseconds:6.2f} µs")
+        for name, figure in measure(trials).items():
+            unit = "" if name == "polls" else " µs"
+            print(f"{trials:>6} live trials  {name:<20} {figure:8.2f}{unit}")
     ray.shutdown()
 
 
