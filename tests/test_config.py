@@ -45,7 +45,7 @@ class TestDefaults:
             "include": (),
             "exclude": (),
             "follow_symlinks": False,
-            "max_concurrent_transfers": 16,
+            "max_concurrent_transfers": 64,
             "max_syncs_per_node": 2,
             "restore_artifacts": True,
             "verify_content": False,

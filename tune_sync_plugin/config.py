@@ -42,7 +42,8 @@ class SyncConfig(tune.SyncConfig):
         exclude: Globs of artifacts to leave out; they win over ``include``. Default: none.
         follow_symlinks: Default ``False``. Whether links to directories are walked into. Links to
             files always count as files.
-        max_concurrent_transfers: Default 16. Files that one sync has on their way at once.
+        max_concurrent_transfers: Default 64. Files that one sync has on their way at once. What
+            of them is in memory on the way to S3 stays below 100 MB.
         max_syncs_per_node: Default 2. Sync tasks that run at once on a node; each is a worker
             process of about 100 MB.
         restore_artifacts: Default ``True``. Whether a trial that starts again on a node that lacks
@@ -69,7 +70,7 @@ class SyncConfig(tune.SyncConfig):
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     follow_symlinks: bool = False
-    max_concurrent_transfers: int = 16
+    max_concurrent_transfers: int = 64
     max_syncs_per_node: int = 2
     restore_artifacts: bool = True
     verify_content: bool = False

@@ -230,7 +230,7 @@ def test_timeouts() -> None:
         assert options
         assert (options.request_s, options.connect_s) == (0.2, 1.5)
         storage = storage_at(made, "bucket/pre")
-        with pytest.raises(OSError, match=r"S3 PUT pre/a: .*[Tt]ime"):
+        with pytest.raises(OSError, match=r"S3 PutObject of pre/a: .*[Tt]ime"):
             storage.write("a", Memory(b"1"), "run")
     assert getattr(options_of(arrow.S3FileSystem(**MINE)), "request_s", 0) == s3_options._REQUEST_S
 

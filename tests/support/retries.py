@@ -10,8 +10,8 @@ import itertools
 
 # How often a client asks by itself for one thing, until it says that storage fails.
 # pyarrow: the AWS SDK's standard retries are three attempts. s3fs: five rounds (its `retries`) of
-# five attempts each (botocore's default).
-TRIES = {"pyarrow": 3, "s3fs": 25}
+# five attempts each (botocore's default). obstore: four retries, as we set it up.
+TRIES = {"pyarrow": 3, "s3fs": 25, "obstore": 5}
 
 
 def most_writes(seconds: float) -> int:

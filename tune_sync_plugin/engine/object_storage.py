@@ -94,12 +94,12 @@ class ObjectStorage:
         if key is None:
             return self._plain.write(path, source, run_id)
         if source.size <= _WHOLE_BYTES:
-            with _memory.take(source.size), _explained("PUT", key):
+            with _memory.take(source.size), _explained(key):
                 answer = obstore.put(self._client, key, source.read(), use_multipart=False)
         else:
             part_bytes = part_bytes_for(source.size)
             # One is being read, and one waits, besides those on their way.
-            with _memory.take((_PARTS + 2) * part_bytes), _explained("upload of", key):
+            with _memory.take((_PARTS + 2) * part_bytes), _explained(key):
                 answer = obstore.put(
                     self._client,
                     key,
@@ -122,7 +122,7 @@ class ObjectStorage:
         if key is None:
             return self._plain.stat(path)
         try:
-            with _explained("HEAD", key):
+            with _explained(key):
                 found = obstore.head(self._client, key)
         except FileNotFoundError:
             return None
@@ -133,7 +133,7 @@ class ObjectStorage:
         if key is None:
             yield from self._plain.read(path)
             return
-        with _explained("GET", key):
+        with _explained(key):
             for chunk in obstore.get(self._client, key).stream(min_chunk_size=CHUNK_BYTES):
                 yield bytes(chunk)
 
@@ -154,36 +154,46 @@ def _bare(etag: str | None) -> str | None:
     return etag.strip('"') if etag else None
 
 
+_REQUEST = re.compile(r"Error performing (\w+) [^\s?]+\??(\S*)")
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
+# By its method and the beginning of its query; as AWS's own clients name them.
+_OPERATIONS = {
+    ("PUT", ""): "PutObject",
+    ("POST", "uploads"): "CreateMultipartUpload",
+    ("PUT", "partNumber"): "UploadPart",
+    ("POST", "uploadId"): "CompleteMultipartUpload",
+    ("HEAD", ""): "HeadObject",
+    ("GET", ""): "GetObject",
+}
 
 
 @contextlib.contextmanager
-def _explained(operation: str, key: str) -> Iterator[None]:
+def _explained(key: str) -> Iterator[None]:
     """Makes Python's errors of obstore's, whose texts fill a screen and hold headers."""
     try:
         yield
-    except PermissionDeniedError as error:
-        raise PermissionError(_explain(operation, key, error)) from None
-    except UnauthenticatedError as error:
-        raise PermissionError(_explain(operation, key, error)) from None
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        raise PermissionError(_explain(key, error)) from None
     except FileNotFoundError as error:
-        raise FileNotFoundError(_explain(operation, key, error)) from None
+        raise FileNotFoundError(_explain(key, error)) from None
     except BaseError as error:
-        raise OSError(_explain(operation, key, error)) from None
+        raise OSError(_explain(key, error)) from None
 
 
-def _explain(operation: str, key: str, error: Exception) -> str:
-    text = str(error).partition("\n\nDebug source")[0]
-    status = _STATUS.search(text)
-    code = _CODE.search(text)
+def _explain(key: str, error: Exception) -> str:
+    text, _, details = str(error).partition("\n\nDebug source")
+    request, status, code = (found.search(text) for found in (_REQUEST, _STATUS, _CODE))
+    operation = "request"
+    if request:
+        method, query = request.groups()
+        operation = _OPERATIONS.get((method, re.split("[=&]", query)[0]), method)
     if code:
         reason = f"({code[1]}) {code[2] or ''}".strip()
-    elif "NoSuchBucket" in text:
-        reason = "(NoSuchBucket)"
     else:
-        # What hyper and reqwest say last is what happened.
-        inner = re.findall(r'message: "([^"]+)"|kind: (Timeout)', str(error))
-        reason = next((first or second for first, second in reversed(inner)), "")
+        # What the HTTP library says last is what happened.
+        inner = re.findall(r'message: "([^"]+)"|kind: (Timeout)|(TimedOut)', details)
+        reason = next((" ".join(said).strip() for said in reversed(inner)), "")
         reason = reason or " ".join(text.split())
-    return f"S3 {operation} {key}: " + (f"HTTP status {status[1]} " if status else "") + reason
+    answer = f"HTTP status {status[1]} " if status else ""
+    return f"S3 {operation} of {key}: {answer}{reason}"

@@ -56,7 +56,7 @@ class RestoreOptions:
         others_sent: What that one has sent.
     """
 
-    concurrency: int = 16
+    concurrency: int = 64
     timeout_s: float = 1800.0
     drivers: Callable[[str], bool] = lambda path: False
     without_index: bool = True

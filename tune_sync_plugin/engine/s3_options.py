@@ -187,8 +187,8 @@ def obstore_client(options: S3Options, bucket: str, process_id: int) -> Any | No
         retry_config={
             "max_retries": _PART_RETRIES,
             "backoff": {
-                "init_backoff": timedelta(seconds=0.2),
-                "max_backoff": timedelta(seconds=3),
+                "init_backoff": timedelta(seconds=0.1),
+                "max_backoff": timedelta(seconds=2),
             },
         },
         **settings,

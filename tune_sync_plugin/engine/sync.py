@@ -53,7 +53,7 @@ class SyncOptions:
 
     keep: Filter = Filter()
     follow_symlinks: bool = False
-    concurrency: int = 16
+    concurrency: int = 64
     timeout_s: float = 1800.0
     only_missing: bool = False
     read_back: bool = False
