@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from tests.engine.fakes import Around, Counting, ObjectStorage, tree
 from tests.engine.support import Disk, fill, sync_dir
 from tests.support.proxy import Proxy, Stats
 from tests.support.scenarios import Link
+from tests.support.sftp_server import SftpServer
 from tune_sync_plugin.engine import s3_append
 from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.source import Tail
@@ -24,13 +25,20 @@ MB = 1 << 20
 LOG = b"0123456789"
 
 
-@pytest.fixture(params=["directory", "objects"])
-def inner(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+@pytest.fixture(params=["directory", "objects", "sftp"])
+def inner(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     if request.param == "objects":
-        return ObjectStorage(tmp_path / "objects")
-    storage = LocalStorage(str(tmp_path / "storage"))
-    storage.append_from = 3
-    return storage
+        yield ObjectStorage(tmp_path / "objects")
+    elif request.param == "directory":
+        storage = LocalStorage(str(tmp_path / "storage"))
+        storage.append_from = 3
+        yield storage
+    else:
+        (tmp_path / "served").mkdir()
+        with SftpServer(tmp_path / "served") as server:
+            remote = storage_at(server.client(), "/storage")
+            remote.append_from = 3  # type: ignore[misc]
+            yield remote
 
 
 def grow(root: Path, more: bytes, path: str = "log") -> None:

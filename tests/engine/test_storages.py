@@ -154,8 +154,7 @@ KINDS = [
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    made = _places(request.param, tmp_path, lambda: request.getfixturevalue("s3"))
-    yield made
+    yield _places(request.param, tmp_path, lambda: request.getfixturevalue("s3"))
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 

@@ -22,11 +22,15 @@ _WHOLE_BYTES = 8 << 20
 # Stores where a name points at a whole object or at none, by fsspec's protocol names.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "hf"}
 
+# Protocols that can make a file longer in place, and tell when it was last changed.
+_APPENDABLE = {"sftp", "ssh"}
+# Below it a file is replaced as a whole, which costs no more.
+_APPEND_FROM_BYTES = 1 << 20
+_COMPARED_BYTES = 16 << 10
+
 
 class FsspecStorage:
     """A prefix on an ``fsspec.AbstractFileSystem``."""
-
-    append_from = None
 
     def __init__(self, filesystem: Any, root: str) -> None:
         self._fs = filesystem
@@ -35,6 +39,7 @@ class FsspecStorage:
         protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self.has_directories = not protocols & _OBJECT_STORES
         self.has_checksums = bool(protocols & {"s3", "s3a"})
+        self.append_from = _APPEND_FROM_BYTES if protocols & _APPENDABLE else None
         # Attributes too: an option may have been given by position.
         given = {name: getattr(filesystem, name, None) for name in ("host", "port", "account_name")}
         self.name = f"{min(protocols)}:{service(given | filesystem.storage_options)}{self._root}"
@@ -60,7 +65,18 @@ class FsspecStorage:
         return None
 
     def append(self, path: str, tail: Tail, etag: str) -> bool:
-        return False
+        """In place, so that a reader may see any length from the old to the new one."""
+        if self.append_from is None or self.stat(path) != Stat(tail.start, etag):
+            return False
+        # Its time is known to the second, within which somebody else may have replaced it.
+        before = tail.what_comes_before(_COMPARED_BYTES)
+        at = self._at(path)
+        if self._fs.cat_file(at, start=tail.start - len(before), end=tail.start) != before:
+            return False
+        with self._fs.open(self._at(path), "ab") as out:
+            for chunk in tail.chunks():
+                out.write(chunk)
+        return True
 
     def _send(self, target: str, source: Content) -> None:
         if source.size <= _WHOLE_BYTES:
@@ -80,7 +96,8 @@ class FsspecStorage:
         out.close()
 
     def _rename(self, old: str, new: str) -> None:
-        if type(self._fs).mv is AbstractFileSystem.mv:
+        # Of the object, to which asynchronous file systems attach theirs.
+        if getattr(self._fs.mv, "__func__", None) is AbstractFileSystem.mv:
             # It would take a name with a * or [ in it for a pattern.
             self._fs.cp_file(old, new)
             self._fs.rm_file(old)
@@ -95,7 +112,8 @@ class FsspecStorage:
             return None
         if info["type"] != "file":
             return None
-        return Stat(info["size"], (info.get("ETag") or "").strip('"') or None)
+        changed = info.get("mtime") if self.append_from else None
+        return Stat(info["size"], (info.get("ETag") or "").strip('"') or (changed and str(changed)))
 
     def read(self, path: str) -> Iterator[bytes]:
         self._forget(path)

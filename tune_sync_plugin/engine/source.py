@@ -164,6 +164,10 @@ class Tail:
         self.rolling = ""
         self._source, self._before = source, before
 
+    def what_comes_before(self, size: int) -> bytes:
+        """At most so many bytes right before it."""
+        return b"".join(self._source._bytes(max(self.start - size, 0), self.start))
+
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         rolling = self._before.copy()
         for chunk in self._source._bytes(self.start, self._source.size, chunk_bytes):
