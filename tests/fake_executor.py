@@ -178,6 +178,9 @@ class FakeExecutor:
 
     # -- the Executor's protocol ----------------------------------------------------------------
 
+    def has_room(self, node_id: str, for_experiment: bool) -> bool:
+        return True
+
     def submit(self, node_id: str, jobs: Sequence[Any], budget_s: float) -> Task:
         how = self.start_of[node_id]
         for job in jobs:

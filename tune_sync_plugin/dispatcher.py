@@ -349,7 +349,8 @@ class Dispatcher:
 
     def _start(self) -> None:
         now = self._clock()
-        for lane in list(self._ready):
+        # The experiment's state before all artifacts.
+        for lane in sorted(self._ready, key=lambda lane: not lane[1]):
             node_id, for_experiment = lane
             waiting = self._ready[lane]
             if not self._is_alive(node_id, now):
@@ -359,7 +360,7 @@ class Dispatcher:
                 continue
             slots = 1 if for_experiment else self._max_per_node
             slots -= sum(batch.lane == lane for batch in self._batches)
-            while waiting and slots > 0:
+            while waiting and slots > 0 and self._executor.has_room(node_id, for_experiment):
                 # Spread over the free slots first, so that two big trials don't share a task.
                 size = min(_BATCH, math.ceil(len(waiting) / slots))
                 self._submit(lane, [waiting.popleft() for _ in range(size)], now)
