@@ -203,6 +203,9 @@ class FakeExecutor:
             self._script(task, now + how)
         return task
 
+    def ready(self, handles: Sequence[Task]) -> set[Task]:
+        return {task for task in handles if task.events and task.events[0][0] <= self.clock.now}
+
     def poll(self, handle: Task) -> list[Event]:
         assert not handle.over, f"polled task {handle.number}, which is over ({handle.over})"
         self._note_begun()

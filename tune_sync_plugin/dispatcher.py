@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tune_sync_plugin.errors import describe
-from tune_sync_plugin.events import Ended, Executor, Started, Synced
+from tune_sync_plugin.events import Ended, Event, Executor, Started, Synced
 from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
 # A task stops itself at sync_timeout and says which files were left. One that can't even do that (a
@@ -256,15 +256,19 @@ class Dispatcher:
     def poll(self) -> None:
         """Take in what has finished, end what ran out of time, start what is due. Never blocks."""
         if self._batches:
+            # Asked once for all: most have nothing to say most of the time.
+            ready = self._executor.ready([batch.handle for batch in self._batches])
             for batch in list(self._batches):
-                self._advance(batch)
+                self._advance(
+                    batch, self._executor.poll(batch.handle) if batch.handle in ready else []
+                )
         if self._queue and self._queue[0][0] <= self._clock():
             self._collect_due()
         if self._ready:
             self._start()
 
-    def _advance(self, batch: _Batch) -> None:
-        for event in self._executor.poll(batch.handle):
+    def _advance(self, batch: _Batch, events: Iterable[Event]) -> None:
+        for event in events:
             now = self._clock()
             if isinstance(event, Started):
                 batch.item_started = now

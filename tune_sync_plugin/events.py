@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +51,9 @@ class Executor(Protocol):
 
         The task stops by itself after ``budget_s`` seconds, which may be infinite.
         """
+
+    def ready(self, handles: Sequence[Any]) -> Collection[Any]:
+        """Those of them that have something to say; never blocks."""
 
     def poll(self, handle: Any) -> list[Event]:
         """What has happened since the last call, in order; never blocks."""

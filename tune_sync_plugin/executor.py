@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +15,7 @@ from ray import cloudpickle
 from tune_sync_plugin.directories import Run, SyncJob
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Ended, Event, Synced
-from tune_sync_plugin.workers import Worker, Workers
-
-logger = logging.getLogger(__name__)
+from tune_sync_plugin.workers import Worker, Workers, start_worker
 
 
 @dataclass(eq=False)
@@ -38,7 +36,8 @@ class RayExecutor:
     """
 
     def __init__(self, run: Run, here: str) -> None:
-        self._workers = Workers(cloudpickle.dumps(run), here)
+        start = functools.partial(start_worker, cloudpickle.dumps(run))
+        self._workers = Workers(start, ray.kill, here)
 
     def expect(self, node_id: str) -> None:
         """A trial has come to that node: what it writes will have to be synced."""
@@ -59,6 +58,12 @@ class RayExecutor:
             self._workers.end(worker)
             raise
 
+    def ready(self, handles: Sequence[_Call]) -> set[_Call]:
+        """Those that have something to report."""
+        of = {handle.reference: handle for handle in handles}
+        found, _ = ray.wait(list(of), num_returns=len(of), timeout=0)
+        return {of[reference] for reference in found}
+
     def poll(self, handle: _Call) -> list[Event]:
         """What has been reported since the last call."""
         events: list[Event] = []
@@ -76,6 +81,7 @@ class RayExecutor:
                 handle.jobs_left -= 1
                 if not handle.jobs_left:
                     self._done(handle, reusable=event.reusable)
+                    break
             elif isinstance(event, Ended):
                 self._done(handle, reusable=event.error is None)
                 break

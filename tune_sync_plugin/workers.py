@@ -54,17 +54,48 @@ class Worker:
     runs: bool = False
 
 
+def start_worker(run: bytes, node_id: str) -> Any:
+    """A :class:`SyncWorker` on that node; returns its handle at once.
+
+    Args:
+        run: The experiment, pickled.
+        node_id: Where.
+    """
+    return (
+        ray.remote(SyncWorker)
+        .options(
+            # Beside trials that fill the node.
+            num_cpus=0,
+            # One that is killed while it idles is back before it is needed; and Ray, when it runs
+            # out of memory, takes what can be had back before it takes a trial. What it was at is
+            # not repeated: the dispatcher knows better when.
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote(run)
+    )
+
+
 class Workers:
     """Makes, lends and ends them. Nothing here waits for one to start.
 
     Args:
-        run: The experiment, pickled: what a worker is to be ready for.
+        start: Starts one on a node; returns its actor.
+        stop: Ends an actor's process, whatever it does.
         here: The driver's node, which is there as long as the driver.
         clock: Seconds, monotonic.
     """
 
-    def __init__(self, run: bytes, here: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run = run
+    def __init__(
+        self,
+        start: Callable[[str], Any],
+        stop: Callable[[Any], None],
+        here: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start = start
+        self._stop = stop
         self._here = here
         self._clock = clock
         self._workers: dict[str, list[Worker]] = {}
@@ -106,22 +137,8 @@ class Workers:
         return worker
 
     def _make(self, node_id: str) -> Worker:
-        actor = (
-            ray.remote(SyncWorker)
-            .options(
-                # Beside trials that fill the node.
-                num_cpus=0,
-                # One that is killed while it idles is back before it is needed. It makes it the
-                # one to go, and not a trial, when Ray runs out of memory. What it was at is not
-                # repeated: the dispatcher knows better when.
-                max_restarts=-1,
-                max_task_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            )
-            .remote(self._run)
-        )
         now = self._clock()
-        worker = Worker(node_id, actor, made=now, idle_since=now)
+        worker = Worker(node_id, self._start(node_id), made=now, idle_since=now)
         self._workers.setdefault(node_id, []).append(worker)
         return worker
 
@@ -136,7 +153,7 @@ class Workers:
             return
         workers.remove(worker)
         try:
-            ray.kill(worker.actor)
+            self._stop(worker.actor)
         except Exception as error:
             # Nobody is there to be killed, or to tell: nothing that the caller could do.
             logger.debug("ending a sync worker failed: %s", describe(error))
