@@ -54,6 +54,18 @@ class Worker:
     runs: bool = False
 
 
+# Once: each would be sent to the cluster anew.
+_SyncActor = ray.remote(
+    # Beside trials that fill the node.
+    num_cpus=0,
+    # One that is killed while it idles is back before it is needed; and Ray, when it runs out of
+    # memory, takes what can be had back before it takes a trial. What it was at is not repeated:
+    # the dispatcher knows better when.
+    max_restarts=-1,
+    max_task_retries=0,
+)(SyncWorker)
+
+
 def start_worker(run: bytes, node_id: str) -> Any:
     """A :class:`SyncWorker` on that node; returns its handle at once.
 
@@ -61,20 +73,8 @@ def start_worker(run: bytes, node_id: str) -> Any:
         run: The experiment, pickled.
         node_id: Where.
     """
-    return (
-        ray.remote(SyncWorker)
-        .options(
-            # Beside trials that fill the node.
-            num_cpus=0,
-            # One that is killed while it idles is back before it is needed; and Ray, when it runs
-            # out of memory, takes what can be had back before it takes a trial. What it was at is
-            # not repeated: the dispatcher knows better when.
-            max_restarts=-1,
-            max_task_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        )
-        .remote(run)
-    )
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return _SyncActor.options(scheduling_strategy=strategy).remote(run)
 
 
 class Workers:
