@@ -130,6 +130,10 @@ class FakeExecutor:
         self.kills: list[tuple[float, Task]] = []
         self.waits: list[float] = []
         self.asked_alive = 0
+        # Nodes on which nothing is to be submitted for now.
+        self.full: set[str] = set()
+        self.asked_room: list[tuple[str, bool]] = []
+        self.polls = 0
         # Called with key and node: of what is submitted (also in vain), and of what stood behind
         # another sync in a task when that was killed or crashed.
         self.on_submit: Callable[[str, str], None] = lambda key, node: None
@@ -178,6 +182,10 @@ class FakeExecutor:
 
     # -- the Executor's protocol ----------------------------------------------------------------
 
+    def has_room(self, node_id: str, for_experiment: bool) -> bool:
+        self.asked_room.append((node_id, for_experiment))
+        return node_id not in self.full
+
     def submit(self, node_id: str, jobs: Sequence[Any], budget_s: float) -> Task:
         how = self.start_of[node_id]
         for job in jobs:
@@ -200,7 +208,11 @@ class FakeExecutor:
             self._script(task, now + how)
         return task
 
+    def ready(self, handles: Sequence[Task]) -> set[Task]:
+        return {task for task in handles if task.events and task.events[0][0] <= self.clock.now}
+
     def poll(self, handle: Task) -> list[Event]:
+        self.polls += 1
         assert not handle.over, f"polled task {handle.number}, which is over ({handle.over})"
         self._note_begun()
         events: list[Event] = []

@@ -369,6 +369,68 @@ class TestBatches:
         assert bench.executor.batches() == [[EXPERIMENT], ["t"]]
 
 
+class TestRoom:
+    def test_what_has_none_waits_and_is_not_lost(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.trial("u", "B")
+        bench.executor.full = {"A"}
+        bench.force("t", "u")
+        bench.run(2)
+        assert bench.executor.times("t") == []
+        assert bench.executor.times("u") == [0]
+        bench.executor.full = set()
+        bench.run(1)
+        assert bench.executor.times("t") == [2]
+
+    def test_what_has_waited_travels_together(self) -> None:
+        bench = Bench(slots=1)
+        bench.executor.full = {"A"}
+        for key in "tuv":
+            bench.trial(key, "A")
+            bench.force(key)
+            bench.run(1)
+        bench.executor.full = set()
+        bench.poll()
+        assert bench.executor.batches() == [["t", "u", "v"]]
+
+    def test_the_experiment_asks_first_and_on_its_own_account(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.trial(EXPERIMENT, "A")
+        bench.force("t", EXPERIMENT)
+        bench.poll()
+        assert bench.executor.asked_room == [("A", True), ("A", False)]
+
+    def test_it_is_not_asked_for_without_a_free_slot(self) -> None:
+        bench = Bench(slots=1)
+        bench.executor.default = Sync(takes=5)
+        for key in "tu":
+            bench.trial(key, "A")
+            bench.force(key)
+            bench.poll()
+        assert len(bench.executor.asked_room) == 1
+
+    def test_the_flush_waits_for_it(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.executor.full = {"A"}
+        bench.dispatcher.flush(3)
+        assert bench.errors("t") == ["TimeoutError"]
+        assert "not begun" in bench.failures("t")[0].message
+
+    def test_tasks_that_have_nothing_to_say_are_not_polled_one_by_one(self, bench: Bench) -> None:
+        bench.executor.default = Sync(takes=9)
+        for key in "tuvwxyz":
+            bench.trial(key, "A", "B")
+            bench.force(key)
+        bench.run(0)
+        bench.run(0)
+        polls = bench.executor.polls
+        assert len(bench.executor.running()) == 2
+        for _ in range(100):
+            bench.clock.advance(0.01)
+            bench.poll()
+        assert bench.executor.polls == polls
+
+
 class TestTimeouts:
     def test_a_sync_that_reports_a_timeout_is_killed(self, bench: Bench) -> None:
         bench.trial("t", "A")

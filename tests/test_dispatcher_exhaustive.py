@@ -109,6 +109,12 @@ class World:
         self.turns.append(turn)
         return job
 
+    def has_room(self, node_id: str, for_experiment: bool) -> bool:
+        return True
+
+    def ready(self, handles: list[Task]) -> list[Task]:
+        return [task for task in handles if task.says]
+
     def submit(self, node_id: str, jobs: Sequence[str], budget_s: float) -> Task:
         try:
             return self._submit(node_id, jobs)

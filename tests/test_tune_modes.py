@@ -505,9 +505,17 @@ def _train_bad_name(config: dict[str, Any]) -> None:
     report({"step": 0}, checkpoint=True)
 
 
+def _train_bad_name_for_a_while(config: dict[str, Any]) -> None:
+    _train_bad_name(config)
+    while not list(Path(config["storage"]).glob("exp/*/good.txt")):
+        time.sleep(0.05)
+    time.sleep(1)  # until the driver has heard of it: what it hears at the end goes to the summary
+
+
 def test_without_strict_it_is_only_said(storage: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = SyncCallback()
-    tune.Tuner(_train_bad_name, run_config=run_config(storage, callback)).fit()
+    config, space = run_config(storage, callback), {"storage": str(storage)}
+    tune.Tuner(_train_bad_name_for_a_while, param_space=space, run_config=config).fit()
     warnings = [r.message for r in caplog.records if r.name.startswith("tune_sync_plugin")]
     assert sum("bad\\xff" in message for message in warnings) == 2, "once, and in the summary"
     assert "1 failed" in warnings[-1]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from tune_sync_plugin import tune_internals
+from tune_sync_plugin.attach import Attached, attach
 from tune_sync_plugin.config import SyncConfig
 from tune_sync_plugin.directories import Run, SyncJob
 from tune_sync_plugin.dispatcher import Dispatcher
@@ -21,7 +22,7 @@ from tune_sync_plugin.executor import RayExecutor, cause_of
 from tune_sync_plugin.gate import Gates
 from tune_sync_plugin.leftovers import Leftovers
 from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, RestoreReport
-from tune_sync_plugin.tasks import Attached, Restoring, attach
+from tune_sync_plugin.restoring import Restoring
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -199,6 +200,8 @@ class Attacher:
             self._restored(trial.trial_id, attached.restored)
         job = self._job(trial, attached.logdir)
         self._dispatcher.set_places(trial.trial_id, dict.fromkeys(attached.nodes, job))
+        for node_id in attached.nodes:
+            self._executor.expect(node_id)
 
     def _restored(self, key: str, report: RestoreReport) -> None:
         self._report.of(key).restored.append(report)

@@ -44,8 +44,9 @@ class SyncConfig(tune.SyncConfig):
             files always count as files.
         max_concurrent_transfers: Default 64. Files that one sync has on their way at once. What
             of them is in memory on the way to S3 stays below 100 MB.
-        max_syncs_per_node: Default 2. Sync tasks that run at once on a node; each is a worker
-            process of about 100 MB.
+        max_syncs_per_node: Default 2. Trials' syncs that run at once on a node. Each is a process
+            of about 100 MB, at a lower priority than training's; a second one is started only
+            when the first is kept busy.
         restore_artifacts: Default ``True``. Whether a trial that starts again on a node that lacks
             its artifacts gets them back before its training goes on. Counts with
             ``sync_artifacts`` only.

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.index import OUR_DIRECTORY, Entry
 from tune_sync_plugin.engine.keeper import Indexing
@@ -23,7 +25,7 @@ from tune_sync_plugin.engine.storage import Storage, storage_at
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT
 from tune_sync_plugin.runs import RunFacts
-from tune_sync_plugin.tune_internals import is_drivers, is_rays
+from tune_sync_plugin.tune_internals import is_drivers, is_rays, session_dir
 
 # Ours, beside Ray's `driver_artifacts` and `working_dirs` in a run's session directory.
 _OUR_DIR = "tune_sync"
@@ -76,6 +78,12 @@ class Run:
     destination: str
     storage_mark: str
     facts: RunFacts
+
+
+def this_node(run: Run) -> tuple[str, str]:
+    """The run's session directory on the node this is called on, and the node's id."""
+    here = os.path.join(session_dir(), run.session_subdir)
+    return here, ray.get_runtime_context().get_node_id()
 
 
 def mark_driver_disk(run: Run, session_dir: str) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tune_sync_plugin.errors import describe
-from tune_sync_plugin.events import Ended, Executor, Started, Synced
+from tune_sync_plugin.events import Ended, Event, Executor, Started, Synced
 from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
 # A task stops itself at sync_timeout and says which files were left. One that can't even do that (a
@@ -256,15 +256,19 @@ class Dispatcher:
     def poll(self) -> None:
         """Take in what has finished, end what ran out of time, start what is due. Never blocks."""
         if self._batches:
+            # Asked once for all: most have nothing to say most of the time.
+            ready = self._executor.ready([batch.handle for batch in self._batches])
             for batch in list(self._batches):
-                self._advance(batch)
+                self._advance(
+                    batch, self._executor.poll(batch.handle) if batch.handle in ready else []
+                )
         if self._queue and self._queue[0][0] <= self._clock():
             self._collect_due()
         if self._ready:
             self._start()
 
-    def _advance(self, batch: _Batch) -> None:
-        for event in self._executor.poll(batch.handle):
+    def _advance(self, batch: _Batch, events: Iterable[Event]) -> None:
+        for event in events:
             now = self._clock()
             if isinstance(event, Started):
                 batch.item_started = now
@@ -349,7 +353,8 @@ class Dispatcher:
 
     def _start(self) -> None:
         now = self._clock()
-        for lane in list(self._ready):
+        # The experiment's state before all artifacts.
+        for lane in sorted(self._ready, key=lambda lane: not lane[1]):
             node_id, for_experiment = lane
             waiting = self._ready[lane]
             if not self._is_alive(node_id, now):
@@ -359,7 +364,7 @@ class Dispatcher:
                 continue
             slots = 1 if for_experiment else self._max_per_node
             slots -= sum(batch.lane == lane for batch in self._batches)
-            while waiting and slots > 0:
+            while waiting and slots > 0 and self._executor.has_room(node_id, for_experiment):
                 # Spread over the free slots first, so that two big trials don't share a task.
                 size = min(_BATCH, math.ceil(len(waiting) / slots))
                 self._submit(lane, [waiting.popleft() for _ in range(size)], now)

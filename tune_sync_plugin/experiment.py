@@ -68,7 +68,7 @@ class Experiment:
             RunFacts(uuid.uuid4().hex[:12], runs.now(), storage.resumed),
         )
         mark_driver_disk(run, tune_internals.session_dir())
-        self._executor = RayExecutor(run)
+        self._executor = RayExecutor(run, here)
         self.dispatcher = Dispatcher(
             self._executor,
             self._on_report,
@@ -127,6 +127,7 @@ class Experiment:
         self._syncer.step_ended()
         self._attacher.poll()
         self.dispatcher.poll()
+        self._executor.tidy()
 
     def _on_report(self, key: str, node_id: str, report: SyncReport) -> None:
         self._report.add(key, node_id, report)
@@ -169,7 +170,10 @@ class Experiment:
             self.dispatcher.stop()
             self._attacher.close()
             self._report.duration_s = time.monotonic() - self._started
-        self._write_summary()
+        try:
+            self._write_summary()
+        finally:
+            self._executor.close()
         failures = self._report.failures + broken
         if not failures:
             logger.info("%s, in %s", self._report.summary(), self._report.destination)

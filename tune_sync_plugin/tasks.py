@@ -1,54 +1,101 @@
-"""What runs in Ray's worker processes: syncs as tasks, the attach in the trial's own actor.
+"""What runs in the sync workers, which are processes of our own on the nodes where the files are.
 
 Thin: it calls the engine on what ``directories.py`` finds. Imports no part of Ray Tune, which would
-cost every new worker process seconds.
+cost every new process seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-import ray
-
-from tune_sync_plugin import runs, tune_internals
-from tune_sync_plugin.directories import Directories, Run, SyncJob
+from tune_sync_plugin import runs
+from tune_sync_plugin.directories import Directories, Run, SyncJob, this_node
 from tune_sync_plugin.engine.pool import Limits, once
-from tune_sync_plugin.engine.restore import restore
 from tune_sync_plugin.engine.storage import storage_at
 from tune_sync_plugin.engine.sync import sync
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Event, Started, Synced
-from tune_sync_plugin.report import EXPERIMENT, FileFailure, RestoreReport, SyncReport
+from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
 # The driver kills a task that reported a timeout; should the driver be gone, it ends by itself.
 _LINGER_S = 30.0
+# Training comes first where CPUs are short: at 5 a process gets a third of what one at 0 gets. At
+# 10 it would be a tenth, and a sync that small files keep busy would fall behind for minutes.
+_NICE = 5
+# How long a thread that has nothing left to do may take to end.
+_THREADS_END_S = 0.1
+
+
+class SyncWorker:
+    """The process that syncs run in, an actor; see ``workers.py``. It keeps nothing between them.
+
+    Args:
+        run: The experiment, pickled. What can't be unpickled here is reported by the first sync.
+    """
+
+    def __init__(self, run: bytes) -> None:
+        self._pickled = run
+        self._run: Run | None = None
+        _yield_to_training()
+        # What the first sync would have to wait for: the imports, and the storage's client.
+        with contextlib.suppress(Exception):
+            storage_at(self._unpickled().filesystem, self._unpickled().destination)
+
+    def _unpickled(self) -> Run:
+        if self._run is None:
+            self._run = pickle.loads(self._pickled)
+        return self._run
+
+    def sync(self, jobs: Sequence[SyncJob], budget_s: float) -> Iterator[Event]:
+        """See :func:`sync_directories`."""
+        yield from sync_directories(jobs, self._unpickled(), budget_s)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns ``function(*arguments, run)``."""
+        return function(*arguments, self._unpickled())
+
+
+def _yield_to_training() -> None:
+    """Lower this process's priority, for good: it is an actor's, and so never the user's.
+
+    On Linux that goes for the calling thread and those that it starts, our transfers' among them;
+    those by which Ray talks to the process keep theirs. (Windows has no ``os.nice``.)
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(_NICE)
 
 
 def sync_directories(jobs: Sequence[SyncJob], run: Run, budget_s: float) -> Iterator[Event]:
     """Sync the jobs' directories on the node this runs on, yielding a report after each."""
     yield Started()
     end = time.monotonic() + budget_s
-    here, node = _here(run)
+    here, node = this_node(run)
     for job in jobs:
         timeout_s = min(job.options.timeout_s, max(end - time.monotonic(), 0.0))
         report = _sync_one(
             replace(job, options=replace(job.options, timeout_s=timeout_s)), run, here, node
         )
-        yield Synced(report)
+        yield Synced(report, reusable=_nothing_hangs())
         if report.timed_out:
             # Uploads still hang in this process's threads. The driver kills it on this report.
             time.sleep(_LINGER_S)
             os._exit(1)
 
 
-def _here(run: Run) -> tuple[str, str]:
-    here = os.path.join(tune_internals.session_dir(), run.session_subdir)
-    return here, ray.get_runtime_context().get_node_id()
+def _nothing_hangs() -> bool:
+    """Whether all threads of the sync's have ended: nobody can end one, but with its process."""
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("tune_sync")]
+    end = time.monotonic() + _THREADS_END_S
+    for thread in ours:
+        thread.join(max(end - time.monotonic(), 0.0))
+    return not any(thread.is_alive() for thread in ours)
 
 
 def _sync_one(job: SyncJob, run: Run, here: str, node: str) -> SyncReport:
@@ -91,7 +138,7 @@ def _claim(place: Directories, run: Run) -> str | None:
 
 def find_leftovers(jobs: Sequence[SyncJob], run: Run) -> list[str]:
     """The keys of the jobs that have something on this node, or have been synced from it."""
-    here, node = _here(run)
+    here, node = this_node(run)
     found = []
     for job in jobs:
         place = Directories(job, run, here, node)
@@ -109,67 +156,3 @@ def close_run(summary: dict[str, Any], timeout_s: float, run: Run) -> str | None
     limits = Limits(1, time.monotonic() + timeout_s)
     storage = storage_at(run.filesystem, run.destination)
     return once(lambda: runs.close(storage, run.facts, summary), limits)
-
-
-@dataclass(frozen=True)
-class Restoring:
-    """How a trial that starts again gets its artifacts back.
-
-    Attributes:
-        job: The trial's sync job, with the working directory as the only root.
-        run: The experiment.
-        left: The ids of the nodes where the trial was earlier in this run.
-        flushed: A reference that is ready when these hold nothing unsynced any more. In a tuple,
-            so that one that fails does not fail the attach.
-    """
-
-    job: SyncJob
-    run: Run
-    left: tuple[str, ...] = ()
-    flushed: tuple[Any, ...] = ()
-
-
-class Attached(NamedTuple):
-    """What attaching to a trial found out: see :func:`tune_internals.attach`."""
-
-    logdir: str
-    nodes: list[str]
-    restored: RestoreReport | None
-
-
-def attach(trainable: Any, restoring: Restoring | None) -> Attached:
-    """Take over a trial's artifacts, and bring back those that this node lacks.
-
-    Runs inside the trial's actor before its training code does. Restoring never fails it.
-    """
-    restored = _restore(restoring) if restoring else None
-    return Attached(*tune_internals.attach(trainable), restored)
-
-
-def _restore(restoring: Restoring) -> RestoreReport | None:
-    job, run = restoring.job, restoring.run
-    try:
-        here, node = _here(run)
-        place = Directories(job, run, here, node)
-        if set(restoring.left) == {node} and os.path.exists(place.manifest):
-            return None  # it is as the trial left it
-        started = time.monotonic()
-        unflushed: tuple[str, ...] = ()
-        if restoring.flushed:
-            timeout_s = job.options.timeout_s
-            flushed, _ = ray.wait(list(restoring.flushed), timeout=timeout_s, fetch_local=False)
-            if not flushed:
-                unflushed = (
-                    f"trial {job.key} did not wait any longer than sync_timeout={timeout_s:g} s "
-                    "for the last files from the node it was on",
-                )
-        # Something is left in any case: what held the flush up need not hold this up.
-        left_s = max(job.options.timeout_s - (time.monotonic() - started), 10.0)
-        # Where the run is ours from its start, no index means that nothing was sent.
-        options = place.restoring(left_s, without_index=run.facts.resumed)
-        report = restore(place.to_restore(), place.storage, place.manifest, options, label=job.key)
-        return replace(report, warnings=(*unflushed, *report.warnings))
-    except Exception as error:
-        message = f"restoring from {job.destination} failed: {describe(error)}"
-        failure = FileFailure(job.key, "", type(error).__name__, message)
-        return RestoreReport(failures=(failure,))
