@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.engine.support import fill
+from tune_sync_plugin.engine import scan as scan_module
 from tune_sync_plugin.engine.filters import Filter
-from tune_sync_plugin.engine.scan import Fingerprint, Scan, scan
+from tune_sync_plugin.engine.scan import Fingerprint, Scan, State, scan
 
 EVERYTHING = Filter()
 S = 10**9
@@ -222,3 +223,60 @@ def test_a_file_written_before_the_scan_is_racy_for_as_long_as_a_rewrite_could_h
     # Otherwise this machine's clock is so fine that the test has shown nothing.
     if not hidden:
         pytest.skip("no rewrite fell into the tick of the scan")
+
+
+# -- what is known -------------------------------------------------------------------------------
+
+
+def known(root: Path) -> set[State]:
+    found = scan([str(root)], Filter()).files
+    return {(path, *entry.fingerprint) for path, entry in found.items()}
+
+
+@pytest.fixture
+def aged(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory whose files have been as they are for some seconds."""
+    fill(root, {"a": b"1", "d/b": b"22", "d/c": b"333"})
+    monkeypatch.setattr(scan_module, "_SETTLED_NS", -3_600_000_000_000)
+    return root
+
+
+def test_what_is_as_it_is_known_to_be_is_only_counted(aged: Path) -> None:
+    before = known(aged)
+    (aged / "d" / "b").write_bytes(b"new")
+    result = scan([str(aged)], Filter(), known=before)
+    assert set(result.files) == {"d/b"}
+    assert (result.unchanged, result.bytes_unchanged) == ({"a", "d/c"}, 4)
+    assert not result.is_empty
+
+
+@pytest.mark.parametrize("field", range(1, 5), ids=["size", "mtime", "ctime", "inode"])
+def test_every_fact_counts(aged: Path, field: int) -> None:
+    before = {(*state[:field], state[field] + 1, *state[field + 1 :]) for state in known(aged)}
+    assert set(scan([str(aged)], Filter(), known=before).files) == {"a", "d/b", "d/c"}
+
+
+def test_what_changed_a_moment_ago_may_be_changing_still(root: Path) -> None:
+    """The plan decides about it, by looking more closely."""
+    fill(root, {"a": b"1"})
+    os.utime(root / "a", (0, 0))  # its ctime is now
+    assert set(scan([str(root)], Filter(), known=known(root)).files) == {"a"}
+
+
+@pytest.mark.parametrize("known_one", ["first", "second", "both"])
+def test_of_two_with_one_path_the_first_counts_whichever_is_known(
+    aged: Path, tmp_path: Path, known_one: str
+) -> None:
+    other = fill(tmp_path / "other", {"a": b"4444", "e": b"5"})
+    before = {"first": known(aged), "second": known(other), "both": known(aged) | known(other)}
+    result = scan([str(aged), str(other)], Filter(), known=before[known_one])
+    assert result.conflicts == ["a"]
+    assert ("a" in result.unchanged) == (known_one != "second")
+    if "a" in result.files:
+        assert result.files["a"].location == str(aged / "a")
+    assert result.unchanged | result.files.keys() == {"a", "d/b", "d/c", "e"}
+
+
+def test_what_is_known_may_still_be_filtered(aged: Path) -> None:
+    result = scan([str(aged)], Filter(exclude=("d",)), known=known(aged))
+    assert (result.unchanged, result.files) == ({"a"}, {})

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -102,14 +102,14 @@ def scan(
     *,
     follow_symlinks: bool = False,
     labels: Mapping[str, str] = MappingProxyType({}),
-    known: Collection[State] = frozenset(),
+    known: Set[State] = frozenset(),
 ) -> Scan:
     """Walk ``roots`` and fingerprint every regular file that ``keep`` wants.
 
     Links to files count as files; links to directories are followed only if asked to, and never
     around a loop. A root that does not exist is empty. Where two roots hold the same relative path
     the first one wins and the path is listed in ``conflicts``. ``labels`` names the roots. What is
-    as it is in ``known``, a set, and has been so for some seconds, is unchanged.
+    as it is in ``known``, and has been so for some seconds, is unchanged.
     """
     result = Scan()
     for number, root in enumerate(roots):
@@ -127,7 +127,7 @@ def _walk(  # noqa: PLR0912 - a call per file would cost more than the file
     root: _Root,
     keep: Filter,
     follow: bool,
-    known: Collection[State],
+    known: Set[State],
     result: Scan,
 ) -> None:
     # What takes time here takes it for each of perhaps 100,000 files, at every sync.
