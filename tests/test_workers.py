@@ -190,6 +190,27 @@ def test_transfers_run_at_a_lower_priority_and_no_task_of_the_users_ever_does(
         time.sleep(0.05)
 
 
+def hang(path: Path, run: Run) -> None:
+    path.write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def test_a_call_that_hangs_is_killed_with_its_process(
+    running: RayExecutor, cluster: LocalCluster, storage: Path
+) -> None:
+    note = storage / "pid"
+    call = running.call(cluster.node_ids[0], hang, note)
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(TimeoutError):
+        running.result(call, 0.1)
+    while Path(f"/proc/{note.read_text()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def leave_a_thread(run: Run) -> int:
     threading.Thread(target=threading.Event().wait, name="tune_sync_transfer", daemon=True).start()
     return os.getpid()

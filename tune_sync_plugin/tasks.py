@@ -26,8 +26,8 @@ from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
 # The driver kills a task that reported a timeout; should the driver be gone, it ends by itself.
 _LINGER_S = 30.0
-# Training comes first where CPUs are short: at 5 a process gets a third of what one at 0 gets. At
-# 10 it would be a tenth, and a sync that small files keep busy would fall behind for minutes.
+# Training comes first where CPUs are short. Ray starts all workers at 15, so that this makes it 19:
+# the kernel's lowest, at which a thread gets 0.4 of what one of training's gets, and no less.
 _NICE = 5
 # How long a thread that has nothing left to do may take to end.
 _THREADS_END_S = 0.1
