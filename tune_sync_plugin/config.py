@@ -43,7 +43,7 @@ class SyncConfig(tune.SyncConfig):
         follow_symlinks: Default ``False``. Whether links to directories are walked into. Links to
             files always count as files.
         max_concurrent_transfers: Default 64. Files that one sync has on their way at once. What
-            of them is in memory on the way to S3 stays below 100 MB.
+            of them is in memory on the way to S3 stays below 120 MB.
         max_syncs_per_node: Default 2. Trials' syncs that run at once on a node. Each is a process
             of about 100 MB, at a lower priority than training's; a second one is started only
             when the first is kept busy.

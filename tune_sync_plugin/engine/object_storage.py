@@ -27,8 +27,8 @@ from tune_sync_plugin.engine.storage import Stat, Storage
 _WHOLE_BYTES = PART_BYTES
 # Parts of one file on their way at once.
 _PARTS = 3
-# Of files' contents in memory at once, in the whole process.
-_MEMORY_BYTES = 96 << 20
+# Of files' contents in memory at once, in the whole process: two large files and a few small ones.
+_MEMORY_BYTES = 110 << 20
 
 _NOT_FOR_OBSTORE = re.compile(r"[\x00-\x1f\x7f\\]")
 
