@@ -105,6 +105,7 @@ class Directories:
         run: The experiment.
         here: The run's session directory on this node.
         node: Names this node.
+        in_training: Whether this is the trial's own process.
 
     Attributes:
         roots: What to sync, without repetitions.
@@ -119,11 +120,13 @@ class Directories:
         FileNotFoundError: This node lacks something that it must have; says what.
     """
 
-    def __init__(self, job: SyncJob, run: Run, here: str, node: str) -> None:
+    def __init__(
+        self, job: SyncJob, run: Run, here: str, node: str, *, in_training: bool = False
+    ) -> None:
         self._job = job
         self._node = node
         self.claimed = os.path.join(here, _OUR_DIR, f"claimed-{run.facts.id}")
-        self.storage: Storage = storage_at(run.filesystem, job.destination)
+        self.storage: Storage = storage_at(run.filesystem, job.destination, in_training=in_training)
         if job.key != EXPERIMENT and isinstance(self.storage, LocalStorage):
             _check_shared(run)
         # The same directory may have been named twice.
@@ -143,7 +146,7 @@ class Directories:
         self.manifest = _manifest(here, job.key, self.storage)
         self._drivers_manifest = ""
         if self._drivers:
-            experiment = storage_at(run.filesystem, run.destination)
+            experiment = storage_at(run.filesystem, run.destination, in_training=in_training)
             self._drivers_manifest = _manifest(here, EXPERIMENT, experiment)
 
     def is_taken(self, path: str) -> bool:

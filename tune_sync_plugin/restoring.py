@@ -41,7 +41,7 @@ def bring_back(restoring: Restoring) -> RestoreReport | None:
     job, run = restoring.job, restoring.run
     try:
         here, node = this_node(run)
-        place = Directories(job, run, here, node)
+        place = Directories(job, run, here, node, in_training=True)
         if set(restoring.left) == {node} and os.path.exists(place.manifest):
             return None  # it is as the trial left it
         started = time.monotonic()

@@ -259,6 +259,12 @@ def test_a_proxy_of_the_environment_that_pyarrow_does_not_use(
     assert type(storage_at(made, "bucket/pre")) is ObjectStorage
 
 
+def test_in_a_training_process_there_is_no_further_client() -> None:
+    made = arrow.S3FileSystem(**MINE, endpoint_override="127.0.0.1:9")
+    assert type(storage_at(made, "bucket/pre", in_training=True)) is ArrowStorage
+    assert type(storage_at(made, "bucket/pre")) is ObjectStorage
+
+
 def test_no_credentials_at_all_is_left_to_pyarrow() -> None:
     made = arrow.S3FileSystem(region="us-east-1", endpoint_override="127.0.0.1:9")
     assert type(storage_at(made, "bucket/pre")) is ArrowStorage

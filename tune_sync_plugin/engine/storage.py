@@ -87,13 +87,15 @@ class Storage(Protocol):
         """Remove what an interrupted ``write`` of this path in that run may have left behind."""
 
 
-def storage_at(filesystem: Any, path: str) -> Storage:
+def storage_at(filesystem: Any, path: str, *, in_training: bool = False) -> Storage:
     """The best implementation for a pyarrow or fsspec file system, unwrapped as far as possible.
 
     Args:
         filesystem: A ``pyarrow.fs.FileSystem`` (also one around an fsspec file system), or an
             ``fsspec.AbstractFileSystem``.
         path: The prefix on that file system.
+        in_training: Whether this process is the user's. Then the client is the one that Ray uses
+            there itself: another one's threads would not survive a fork, as of a data loader.
 
     Raises:
         TypeError: It is neither.
@@ -111,7 +113,7 @@ def storage_at(filesystem: Any, path: str) -> Storage:
         from tune_sync_plugin.engine.arrow_storage import ArrowStorage
 
         plain = ArrowStorage(filesystem, path)
-        if filesystem.type_name != "s3":
+        if filesystem.type_name != "s3" or in_training:
             return plain
         from tune_sync_plugin.engine.object_storage import faster
 
