@@ -104,7 +104,7 @@ def test_all_files_of_a_run_arrive_though_requests_fail(
         lost=owed(outcome.callback, NAMES),
         more=f"{failed} of {outcome.stats.requests} requests failed",
     )
-    assert failed > 20
+    assert failed > 8
     assert stored_bytes(link, outcome.callback, NAMES) == SIZE * len(NAMES)
     assert not outcome.callback.report.failures
     for result in outcome.results:
@@ -126,9 +126,9 @@ def test_files_that_are_refused_are_named_and_the_others_arrive(
             space={**SPACE, "sleep_s": 0.7},
             sync_config={"strict": True, "sync_timeout": 15},
             rules=[
-                {"key_regex": r"/0_1\.bin\?partNumber", **refuse},
-                {"key_regex": r"/0_2\.bin\?partNumber", **refuse, "times": 2},
-                {"key_regex": r"/1_1\.bin\?uploadId", "method": "POST", "action": "status:500"},
+                {"key_regex": r"/0_1\.bin$", **refuse},
+                {"key_regex": r"/0_2\.bin$", **refuse, "times": 2},
+                {"key_regex": r"/1_1\.bin$", "method": "PUT", "action": "status:500"},
             ],
         )
     stats = link.proxy.stats()
@@ -144,20 +144,19 @@ def test_files_that_are_refused_are_named_and_the_others_arrive(
     failures = {failure.path: failure.message for failure in callback.report.failures}
     # The tries of 1_1.bin may fill the flush's time, which then is said of the trial as well.
     assert failures.keys() - {""} == {"0_1.bin", "1_1.bin"}
-    for name, operation, cause in [
-        ("0_1.bin", "UploadPart", "ACCESS_DENIED"),
-        ("1_1.bin", "CompleteMultipartUpload", "INTERNAL_FAILURE"),
+    for name, status, cause in [
+        ("0_1.bin", 403, "AccessDenied"),
+        ("1_1.bin", 500, "InternalError"),
     ]:
         assert re.search(rf"{callback.report.destination}/\S+/{name} ", failures[name])
-        assert f"AWS Error {cause} during {operation}" in failures[name]
+        assert re.search(rf"PutObject of \S+: HTTP status {status} \({cause}\)", failures[name])
         assert name in str(raised.value)
         # At most one message for all syncs, beside the summary's.
         assert sum("Training goes on" in text for text in warnings_of(caplog, cause)[0]) <= 1
     # 403: one try per sync. 500: several per sync.
-    syncs = stats.select("PUT", r"/0_1\.bin\?partNumber").requests
-    assert syncs == stats.select("POST", r"/0_1\.bin\?uploads").requests >= 3
-    assert stats.select("POST", r"/1_1\.bin\?uploads").requests >= 4
-    assert [record.status for record in stats.select("PUT", r"/0_2\.bin\?part").records] == [
+    assert stats.select("PUT", r"/0_1\.bin$").requests >= 3
+    assert stats.select("PUT", r"/1_1\.bin$").requests >= 4
+    assert [record.status for record in stats.select("PUT", r"/0_2\.bin$").records] == [
         *(403, 403),
         200,
     ]
@@ -374,6 +373,6 @@ def test_all_files_of_a_run_arrive_after_an_outage_of_a_minute(
     assert stored == SIZE * len(EARLY | LATE)
     assert not callback.report.failures
     # The bound: a target has one sync at a time, which began before the outage was a minute old
-    # and sends a file again at most so often; pyarrow makes three attempts of each.
+    # and sends a file again at most so often; the client makes several attempts of each.
     files = len(link.s3.keys(prefix_of(callback)))
-    assert failed <= files * most_writes(60) * TRIES["pyarrow"]
+    assert failed <= files * most_writes(60) * TRIES["obstore"]
