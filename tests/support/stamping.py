@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Stamp:
     Attributes:
         trial: The name of the trial's directory.
         path: Below that.
-        client: Names the instance: each task unpickles one of its own.
+        client: Names the sync, by the run id that the engine gives to each.
         node: Where.
         start: By the wall clock, as ``end``.
     """
@@ -49,7 +49,6 @@ class StampingFileSystem(LocalFileSystem):  # type: ignore[misc]
     def __init__(self, log: str, pause_s: float = 0.2, **options: Any) -> None:
         super().__init__(log=log, pause_s=pause_s, **options)
         self._log, self._pause_s = log, pause_s
-        self._client = uuid.uuid4().hex
 
     def mv(self, path1: str, path2: str, **options: Any) -> None:
         start = time.time()
@@ -57,12 +56,21 @@ class StampingFileSystem(LocalFileSystem):  # type: ignore[misc]
         super().mv(path1, path2, **options)
         if found := _PATH.search(path2):
             node = ray.get_runtime_context().get_node_id()
-            stamp = [found[1], found[2], self._client, node, start, time.time()]
+            stamp = [found[1], found[2], _sync_id(), node, start, time.time()]
             log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             try:
                 os.write(log, json.dumps(stamp).encode() + b"\n")
             finally:
                 os.close(log)
+
+
+def _sync_id() -> str:
+    """The run id that whoever called for this write was given, from the call stack."""
+    frame = sys._getframe(1)
+    while "run_id" not in frame.f_locals:
+        assert frame.f_back, "nothing of the engine's is calling"
+        frame = frame.f_back
+    return str(frame.f_locals["run_id"])
 
 
 def stamps(log: Path) -> list[Stamp]:
