@@ -23,8 +23,8 @@ from tests.support.scenarios import Link
 from tune_sync_plugin.engine.storage import Storage, storage_at
 from tune_sync_plugin.report import SyncReport
 
-# pyarrow does it alone where its options can't be carried over to obstore.
-CLIENTS = ["obstore", "pyarrow", "s3fs"]
+# pyarrow does it alone where its options can't be carried over to obstore: rare, and slow here.
+CLIENTS = ["obstore", pytest.param("pyarrow", marks=pytest.mark.slow), "s3fs"]
 SMALL, BIG = 1000, 12_000_000  # several parts by all
 # The requests for one file if nothing fails. pyarrow begins an upload, sends its parts (of 10 MB)
 # and completes it, also for a small file; the others do that only for a big one (s3fs here in parts
@@ -207,9 +207,9 @@ PUT = Step("PutObject", r"\.bin(\?|$)", "PUT", SMALL)
         ("obstore", PUT),
         ("obstore", PART),
         ("obstore", COMPLETE),
-        ("pyarrow", PART),
-        ("pyarrow", SMALL_PART),
-        ("pyarrow", COMPLETE),
+        pytest.param("pyarrow", PART, marks=pytest.mark.slow),
+        pytest.param("pyarrow", SMALL_PART, marks=pytest.mark.slow),
+        pytest.param("pyarrow", COMPLETE, marks=pytest.mark.slow),
         ("s3fs", PUT),
         ("s3fs", PART),
         ("s3fs", COMPLETE),
