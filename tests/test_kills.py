@@ -245,10 +245,13 @@ def _train_big(config: dict[str, Any]) -> None:
     note_start(start)
     if start == 0:
         Path("small.txt").write_text("s" * 1000)
+        if config["hold_s"] < 1:  # it goes out in one sync with the large one, which starts at once
+            Path("after.txt").write_text("a" * 1000)
         Path("big.bin").write_bytes(os.urandom(config["size"]))
         report_step(0)
         time.sleep(config["hold_s"])
-    Path("after.txt").write_text("a" * 1000)
+    if not Path("after.txt").exists():
+        Path("after.txt").write_text("a" * 1000)
     report_step(1)
 
 
