@@ -303,6 +303,8 @@ class Dispatcher:
         failed = len(batch.items) if batch.item_started is None else 1
         error = event.error or "SyncError"
         message = event.message or "the sync task ended early"
+        # Perhaps with its node, which whoever tries again is to know.
+        self._alive = (-math.inf, set())
         for _ in range(min(failed, len(batch.items))):
             target, place = batch.items.popleft()
             if self._end < math.inf and place.spare_tries:
