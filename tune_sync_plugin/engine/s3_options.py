@@ -50,6 +50,11 @@ class S3Options:
     connect_s: float
     request_s: float
 
+    @property
+    def fixed_keys(self) -> tuple[str, str, str] | None:
+        """The keys that requests are signed with, if these are given and stay as they are."""
+        return None if self.role else self.keys
+
 
 def options_of(filesystem: Any) -> S3Options | None:
     """The options of a ``pyarrow.fs.S3FileSystem``, or ``None`` if some can't be carried over."""
@@ -137,8 +142,8 @@ def _credentials(options: S3Options, process_id: int) -> Any:
 
 def _provide(options: S3Options, process_id: int) -> dict[str, Any]:
     """The credentials of this moment, as obstore wants them."""
-    if options.keys and not options.role:
-        access_key, secret_key, token = options.keys
+    if options.fixed_keys:
+        access_key, secret_key, token = options.fixed_keys
         expires_at = None
     else:
         now = _credentials(options, process_id).get_frozen_credentials()
@@ -178,7 +183,7 @@ def obstore_client(options: S3Options, bucket: str, process_id: int) -> Any | No
     }
     if not options.anonymous:
         # Where keys are given, botocore need not be imported: 0.3 s of a new process's CPU.
-        if not (options.keys and not options.role) and _credentials(options, process_id) is None:
+        if not options.fixed_keys and _credentials(options, process_id) is None:
             return None
         # Also where keys are given: what else the environment says would be mixed in otherwise.
         settings["credential_provider"] = functools.partial(_provide, options, process_id)

@@ -162,7 +162,7 @@ def _plan(
     files = scanned.files
     known = manifest.records(files)
     unrecorded: dict[str, Reason] = {}
-    unknown = [p for p in files if p not in known or known[p].fingerprint.size < 0]
+    unknown = [p for p in files if p not in known or known[p].size < 0]
     if unknown:
         unrecorded = keeper.meet(unknown) if keeper else {}
         if manifest.damaged:

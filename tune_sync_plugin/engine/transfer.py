@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 def is_as_sent(source: Source, sent: Record) -> bool:
     """Whether a file's content is still what was sent."""
-    return source.size == sent.fingerprint.size and source.matches(sent.rolling or sent.checksum)
+    return source.size == sent.size and source.matches(sent.rolling or sent.checksum)
 
 
 @dataclass
