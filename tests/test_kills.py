@@ -274,6 +274,8 @@ def test_a_node_that_dies_while_it_uploads_holds_nothing_up(
             wait_until(lambda: b'"step": 1' in place.peek("result.json"))
             wait_until(lambda: place.peek("after.txt"))
         died.append(nodes.kill(found_at(place, 0)[0]))
+        # Its processes outlive it by a moment: on a fast link they would end what they are at.
+        wait_until(lambda: sync_workers() == [])
         link.proxy.set()
 
     link.proxy.set(bandwidth_bytes_per_s=2 * MB)

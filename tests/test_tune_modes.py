@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
 from tests.support.cluster import REPOSITORY, LocalCluster
-from tests.support.restarts import TRIAL_CPUS
+from tests.support.restarts import TRIAL_CPUS, move_away_when_this_ends, remove_blockers
 from tests.support.scenarios import report
 from tune_sync_plugin import SyncCallback, SyncConfig, SyncError
 from tune_sync_plugin.dispatcher import Dispatcher
@@ -170,7 +170,7 @@ def test_asha(storage: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("reuse_actors", [False, True])
 def test_pbt_mixes_nothing_up(
-    storage: Path, reuse_actors: bool, figure: Callable[..., None]
+    cluster: LocalCluster, storage: Path, reuse_actors: bool, figure: Callable[..., None]
 ) -> None:
     """Trials pause, go on elsewhere and from each other's checkpoints; their logs stay theirs."""
     callback = SyncCallback()
@@ -184,9 +184,13 @@ def test_pbt_mixes_nothing_up(
         synch=True,
     )
     results = tune.Tuner(
-        # Reused actors stay where they are: one for each node, so that both nodes have one.
-        tune.with_resources(_train_pbt, {"CPU": TRIAL_CPUS if reuse_actors else 1}),
-        param_space={"x": tune.grid_search([1, 2, 3, 4]), "rate": 0.5},
+        # One at a time on each node, so that both have some, and a node can be blocked.
+        tune.with_resources(_train_pbt, {"CPU": TRIAL_CPUS}),
+        param_space={
+            "x": tune.grid_search([1, 2, 3, 4]),
+            "rate": 0.5,
+            "moves_at": [] if reuse_actors else [3, 9],  # reused actors stay where they are
+        },
         tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=reuse_actors),
         run_config=run_config(
             storage,
@@ -198,6 +202,7 @@ def test_pbt_mixes_nothing_up(
             ),
         ),
     ).fit()
+    remove_blockers(cluster.node_ids)
     assert not results.errors
     assert scheduler._num_perturbations >= 6
     assert len(callback.report.trials) == 4
@@ -220,7 +225,7 @@ def test_pbt_mixes_nothing_up(
         written += sum(len(line) + 1 for line in reported)
         stored += (directory / f"of_{trial_id}.txt").stat().st_size
     if not reuse_actors:  # else it is up to which of its idle actors Ray takes; often some do
-        assert moved, "no trial has changed nodes, so this proves nothing"
+        assert moved == 4, "no trial but has changed nodes, or this proves nothing"
     assert not callback.report.failures
     assert not callback.report.not_restored
     figure(
@@ -244,6 +249,8 @@ def _train_pbt(config: dict[str, Any]) -> None:
         for log in (Path(f"of_{trial_id}.txt"), trial_dir / f"log2_of_{trial_id}.txt"):
             with log.open("a") as out:
                 out.write(f"{line}\n")
+        if step in config["moves_at"] and trial_id.endswith("_00000"):
+            move_away_when_this_ends()
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "step").write_text(str(step))
             tune.report(
