@@ -66,8 +66,8 @@ class SyncCallback(tune.Callback):
 
     Raises:
         ValueError: A setting makes no sense (here, or when the experiment starts).
-        SyncError: At the end of the experiment, if something was not synced and
-            ``SyncConfig(strict=True)``.
+        SyncError: When the experiment starts, if its ``upload_dir`` can't be used. At its end, if
+            something was not synced and ``SyncConfig(strict=True)``.
 
     Example:
         >>> from ray import tune
@@ -111,6 +111,8 @@ class SyncCallback(tune.Callback):
         try:
             experiment = Experiment(storage, config, self._report)
             experiment.take_over(storage, self._on_everything_ended)
+        except SyncError:
+            raise  # what was asked for can't be done, and training has not begun
         except Exception as error:
             self._stay_out(error)
             return
@@ -134,18 +136,19 @@ class SyncCallback(tune.Callback):
     @_guarded
     def on_trial_result(self, experiment: Experiment, *, trial: Trial, **info: Any) -> None:
         """Request an artifact sync, subject to ``sync_period``."""
-        experiment.dispatcher.request(trial.trial_id, forced=False)
+        experiment.has_news(trial, forced=False)
 
     @_guarded
-    def on_checkpoint(self, experiment: Experiment, *, trial: Trial, **info: Any) -> None:
+    def on_checkpoint(
+        self, experiment: Experiment, *, trial: Trial, checkpoint: tune.Checkpoint, **info: Any
+    ) -> None:
         """Request an artifact sync that starts after the checkpoint."""
-        if experiment.config.sync_artifacts_on_checkpoint:
-            experiment.dispatcher.request(trial.trial_id, forced=True)
+        experiment.has_checkpoint(trial, checkpoint.path)
 
     @_guarded
     def on_trial_complete(self, experiment: Experiment, *, trial: Trial, **info: Any) -> None:
         """Sync what the trial has left on its node; after a crash this is the rescue."""
-        experiment.dispatcher.request(trial.trial_id, forced=True)
+        experiment.has_news(trial, forced=True)
 
     on_trial_error = on_trial_complete
     on_trial_recover = on_trial_complete

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from ray import tune
 
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.sync import SyncOptions
+from tune_sync_plugin.engine.urls import without_secrets
 
 _SWITCHES = (
     "sync_artifacts",
@@ -19,6 +21,7 @@ _SWITCHES = (
     "restore_artifacts",
     "verify_content",
     "strict",
+    "preflight",
 )
 
 
@@ -56,6 +59,18 @@ class SyncConfig(tune.SyncConfig):
             driver's directory alone.
         strict: Default ``False``. Whether ``Tuner.fit`` raises ``SyncError`` at the end if
             something could not be synced. Otherwise it is logged and in ``SyncCallback.report``.
+        upload_dir: URL of any fsspec protocol, default ``None``. Where the experiment is mirrored
+            to, as ``<upload_dir>/<experiment's name>``, in Ray's own layout and with its
+            checkpoints. ``storage_path`` is then the fast tier: a local directory, or one that all
+            nodes share. ``Tuner.restore`` of the mirror works at any time.
+        storage_options: fsspec's options for that URL, as ``{"key": ..., "secret": ...}``; default
+            none. They are never written anywhere: a restored experiment takes them from the
+            environment (``FSSPEC_S3='{"key": ...}'``, or what the storage's own clients read).
+        keep_up: ``"latest"`` (default) or ``"all"``. Which checkpoints are mirrored when there are
+            more than the link can take: those that the newest state names, or each that was
+            reported, kept on disk (by hard links) until it is there.
+        preflight: Default ``True``. Whether every node tries the storage when it is first used.
+            What it can't reach is said at once; see ``upload_dir``.
 
     Raises:
         ValueError: A value makes no sense; the message names the field.
@@ -77,6 +92,12 @@ class SyncConfig(tune.SyncConfig):
     verify_content: bool = False
     experiment_sync_period: float | None = None
     strict: bool = False
+    upload_dir: str | None = None
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    keep_up: Literal["latest", "all"] = "latest"
+    preflight: bool = True
+    # Names of the options that were given, and are not here since this was unpickled.
+    missing_options: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._seconds("sync_period", self.sync_period, positive=False)
@@ -99,6 +120,39 @@ class SyncConfig(tune.SyncConfig):
             except ValueError as error:
                 raise ValueError(f"SyncConfig.{name}: {error}") from error
             setattr(self, name, tuple(patterns))
+        self._check_upload_dir()
+
+    def _check_upload_dir(self) -> None:
+        if self.keep_up not in ("latest", "all"):
+            raise self._error("keep_up", '"latest" or "all"')
+        options = self.storage_options
+        if options is not None and not isinstance(options, Mapping):  # whose values are not shown
+            raise ValueError("SyncConfig.storage_options must be a mapping of fsspec's options")
+        if self.upload_dir is None:
+            if options:
+                raise ValueError(
+                    "SyncConfig.storage_options are those of upload_dir; give that too"
+                )
+        elif not isinstance(self.upload_dir, str) or not self.upload_dir.strip("/"):
+            raise self._error("upload_dir", "a URL of any fsspec protocol, as s3://bucket/dir")
+        elif "@" in self.upload_dir.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "SyncConfig.upload_dir has a user or a password in it, which would be written down "
+                f"with the experiment: {without_secrets(self.upload_dir)}; use storage_options"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its RunConfig to storage; it copies it as well (see __copy__).
+        given = tuple(sorted(self.storage_options or ())) or self.missing_options
+        return {**vars(self), "storage_options": None, "missing_options": given}
+
+    def __copy__(self) -> SyncConfig:
+        copied = replace(self)
+        copied.missing_options = self.missing_options
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncConfig:
+        return self.__copy__()
 
     def _seconds(self, name: str, value: object, *, positive: bool) -> None:
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
@@ -127,7 +181,7 @@ def resolve(given: tune.SyncConfig | None) -> SyncConfig:
         ValueError: A value makes no sense; the message names the field.
     """
     if isinstance(given, SyncConfig):
-        return replace(given)  # checked again: a field may have been assigned since
+        return copy.copy(given)  # checked again: a field may have been assigned since
     return SyncConfig(**_ray_fields(given)) if given else SyncConfig()
 
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -79,8 +79,23 @@ class Run:
     storage_mark: str
     facts: RunFacts
 
+    def storage(self, destination: str, *, in_training: bool = False) -> Storage:
+        """A prefix on the file system; see :func:`.storage_at`."""
+        return storage_at(self.filesystem, destination, in_training=in_training)
 
-def this_node(run: Run) -> tuple[str, str]:
+    def root(self) -> Storage:
+        """The experiment's directory."""
+        return self.storage(self.destination)
+
+
+class HasSession(Protocol):
+    """What shares a run's directory on each node."""
+
+    @property
+    def session_subdir(self) -> str: ...
+
+
+def this_node(run: HasSession) -> tuple[str, str]:
     """The run's session directory on the node this is called on, and the node's id."""
     here = os.path.join(session_dir(), run.session_subdir)
     return here, ray.get_runtime_context().get_node_id()
@@ -126,7 +141,7 @@ class Directories:
         self._job = job
         self._node = node
         self.claimed = os.path.join(here, _OUR_DIR, f"claimed-{run.facts.id}")
-        self.storage: Storage = storage_at(run.filesystem, job.destination, in_training=in_training)
+        self.storage: Storage = run.storage(job.destination, in_training=in_training)
         if job.key != EXPERIMENT and isinstance(self.storage, LocalStorage):
             _check_shared(run)
         # The same directory may have been named twice.
@@ -146,7 +161,7 @@ class Directories:
         self.manifest = _manifest(here, job.key, self.storage)
         self._drivers_manifest = ""
         if self._drivers:
-            experiment = storage_at(run.filesystem, run.destination, in_training=in_training)
+            experiment = run.storage(run.destination, in_training=in_training)
             self._drivers_manifest = _manifest(here, EXPERIMENT, experiment)
 
     def is_taken(self, path: str) -> bool:
@@ -207,7 +222,7 @@ def _manifest(here: str, key: str, storage: Storage) -> str:
 def _check_shared(run: Run) -> None:
     # On a node that does not see the driver's storage a local path is just a directory of its own,
     # and a sync to it would succeed.
-    if not storage_at(run.filesystem, run.destination).stat(run.storage_mark):
+    if not run.storage(run.destination).stat(run.storage_mark):
         raise FileNotFoundError(
             f"this node does not see the driver's storage: {run.destination}/{run.storage_mark} is "
             "missing. A local storage_path must be on a file system that all nodes mount, as NFS"

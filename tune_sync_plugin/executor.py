@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
-from tune_sync_plugin.directories import Run, SyncJob
+from tune_sync_plugin.directories import SyncJob
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Ended, Event, Synced
 from tune_sync_plugin.workers import Worker, Workers, start_worker
@@ -31,11 +31,11 @@ class RayExecutor:
     """Has batches of jobs, and single functions, done by the workers of a node.
 
     Args:
-        run: The experiment.
+        run: The experiment (a ``Run``), or its mirror; what is called gets it as last argument.
         here: The driver's node.
     """
 
-    def __init__(self, run: Run, here: str) -> None:
+    def __init__(self, run: Any, here: str) -> None:
         start = functools.partial(start_worker, cloudpickle.dumps(run))
         self._workers = Workers(start, ray.kill, here)
 

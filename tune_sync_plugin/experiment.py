@@ -20,7 +20,14 @@ from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, code_of, describe
 from tune_sync_plugin.executor import RayExecutor
-from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, FileFailure, SyncReport
+from tune_sync_plugin.mirror.start import start_mirror
+from tune_sync_plugin.report import (
+    EXPERIMENT,
+    ExperimentReport,
+    FileFailure,
+    MirrorReport,
+    SyncReport,
+)
 from tune_sync_plugin.runs import RunFacts
 from tune_sync_plugin.tasks import close_run
 
@@ -91,6 +98,9 @@ class Experiment:
             must_exist=True,
         )
         self.dispatcher.set_places(EXPERIMENT, {here: job})
+        self._mirror = start_mirror(storage, config, options)
+        if self._mirror:
+            report.mirror = MirrorReport()
 
         self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
         self._attacher = Attacher(
@@ -120,7 +130,24 @@ class Experiment:
 
     def trial_started(self, trial: Trial) -> None:
         """A trial's actor has been made, and has not begun to train."""
+        self._heard_of(trial)
         self._attacher.trial_started(trial)
+
+    def has_news(self, trial: Trial, *, forced: bool) -> None:
+        """A trial has reported something, or ended; its artifacts are to be synced."""
+        self._heard_of(trial)
+        self.dispatcher.request(trial.trial_id, forced=forced)
+
+    def has_checkpoint(self, trial: Trial, path: str) -> None:
+        """A trial has reported a checkpoint, which is in storage."""
+        if self._mirror:
+            self._mirror.checkpoint(path)
+        if self.config.sync_artifacts_on_checkpoint:
+            self.has_news(trial, forced=True)
+
+    def _heard_of(self, trial: Trial) -> None:
+        if self._mirror:
+            self._mirror.heard_of(trial.trial_id, tune_internals.trial_directory(trial))
 
     def poll(self) -> None:
         """Do what is due; called at every step of Tune's loop."""
@@ -128,9 +155,23 @@ class Experiment:
         self._attacher.poll()
         self.dispatcher.poll()
         self._executor.tidy()
+        if self._mirror:
+            self._mirrored(self._mirror.poll())
+
+    def _mirrored(self, report: MirrorReport | None) -> None:
+        if report is None:
+            return
+        self._report.mirror = report
+        for warning in report.warnings:
+            self.warn_once(warning, warning)
+        if not self._ending:
+            for failure in report.failures:
+                self._warn_of(failure)
 
     def _on_report(self, key: str, node_id: str, report: SyncReport) -> None:
         self._report.add(key, node_id, report)
+        if self._mirror:
+            self._mirror.synced(key)
         for warning in report.warnings:
             self.warn_once(warning, f"SyncCallback on node {node_id[:8]}: {warning}")
         linked = [path for path in report.skipped if path.endswith("(link to a directory)")]
@@ -143,17 +184,20 @@ class Experiment:
         if self._ending:
             return  # all that is missing is about to be named
         for failure in report.failures:
-            after = (
-                "A shorter sync_period, and checkpoints that force syncs, keep such losses small"
-                if failure.lost
-                else "Training goes on and the next sync tries again"
-            )
-            # One per cause, and not one per class, file or sync.
-            self.warn_once(
-                code_of(failure.message) or failure.error,
-                f"SyncCallback: {failure}. {after}; more failures of this kind are only counted, "
-                "see callback.report.failures.",
-            )
+            self._warn_of(failure)
+
+    def _warn_of(self, failure: FileFailure) -> None:
+        after = (
+            "A shorter sync_period, and checkpoints that force syncs, keep such losses small"
+            if failure.lost
+            else "Training goes on and the next sync tries again"
+        )
+        # One per cause, and not one per class, file or sync.
+        self.warn_once(
+            code_of(failure.message) or failure.error,
+            f"SyncCallback: {failure}. {after}; more failures of this kind are only counted, "
+            "see callback.report.failures.",
+        )
 
     def finish(self) -> None:
         """Sync everything once more, then say what was synced and what was not."""
@@ -174,6 +218,9 @@ class Experiment:
             self._write_summary()
         finally:
             self._executor.close()
+        if self._mirror:
+            self._mirrored(self._mirror.finish(self._syncer.time_left()))
+            self._mirror.close()
         failures = self._report.failures + broken
         if not failures:
             logger.info("%s, in %s", self._report.summary(), self._report.destination)

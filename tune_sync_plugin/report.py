@@ -162,6 +162,54 @@ class TrialReport:
 
 
 @dataclass
+class MirrorReport:
+    """What is in ``SyncConfig(upload_dir)``; ``SyncCallback.report.mirror``.
+
+    Attributes:
+        url: Where the experiment's mirror is, without credentials.
+        files_uploaded: Files sent, and ``bytes_uploaded`` their size in bytes.
+        checkpoints_uploaded: Checkpoints that arrived.
+        checkpoints_skipped: Checkpoints that Tune had deleted before the link could take them.
+        checkpoints_deleted: Checkpoints that Tune deleted and that were deleted there in turn.
+        states: States of the experiment that arrived.
+        states_passed_over: States that could not be mirrored, since a checkpoint that they name was
+            deleted before it could be kept; a later one took their place.
+        last_state: When the last state arrived, in seconds since the epoch; ``None`` if none did.
+        failures: What is not there.
+        warnings: What nodes can't do, and what to do about it.
+    """
+
+    url: str = ""
+    files_uploaded: int = 0
+    bytes_uploaded: int = 0
+    checkpoints_uploaded: int = 0
+    checkpoints_skipped: int = 0
+    checkpoints_deleted: int = 0
+    states: int = 0
+    states_passed_over: int = 0
+    last_state: float | None = None
+    failures: list[FileFailure] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def state_arrived(self) -> None:
+        """Count one more state."""
+        self.states, self.last_state = self.states + 1, time.time()
+
+    def summary(self) -> str:
+        """One line for the log.
+
+        Example:
+            >>> MirrorReport("s3://bucket/exp", bytes_uploaded=10**6).summary()
+            'mirror s3://bucket/exp: 1.0 MB uploaded, 0 checkpoints (0 skipped), 0 failed'
+        """
+        return (
+            f"mirror {self.url}: {human_bytes(self.bytes_uploaded)} uploaded, "
+            f"{self.checkpoints_uploaded} checkpoints ({self.checkpoints_skipped} skipped), "
+            f"{len(self.failures)} failed"
+        )
+
+
+@dataclass
 class ExperimentReport:
     """Everything that was synced in one experiment; ``SyncCallback.report``.
 
@@ -171,6 +219,7 @@ class ExperimentReport:
         destination: Where on the storage file system all of it went.
         artifacts: Whether artifacts were to be synced (``sync_artifacts``).
         not_attached: Trials that Ray's own artifact sync still serves, and why.
+        mirror: What is in ``upload_dir``; ``None`` without one.
         duration_s: Seconds from the callback's ``setup`` to the end of the final flush.
     """
 
@@ -180,6 +229,7 @@ class ExperimentReport:
     artifacts: bool = True
     _timeouts: dict[FileFailure, None] = field(default_factory=dict)
     not_attached: dict[str, str] = field(default_factory=dict)
+    mirror: MirrorReport | None = None
     duration_s: float = 0.0
 
     def of(self, key: str) -> TrialReport:
@@ -206,7 +256,8 @@ class ExperimentReport:
     @property
     def failures(self) -> list[FileFailure]:
         """What is not in storage as far as we know: the failures of each place's last sync."""
-        return [failure for part in self._parts() for failure in part.failures]
+        failures = [failure for part in self._parts() for failure in part.failures]
+        return failures + (self.mirror.failures if self.mirror else [])
 
     @property
     def not_restored(self) -> list[FileFailure]:
@@ -249,6 +300,7 @@ class ExperimentReport:
             + (f", {self.files_restored} restored" if self.files_restored else "")
             + (f", {len(self.not_restored)} not restored" if self.not_restored else "")
             + (f", {len(self.not_attached)} trials left to Ray" if self.not_attached else "")
+            + (f"; {self.mirror.summary()}" if self.mirror else "")
         )
 
 

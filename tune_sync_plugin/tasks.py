@@ -18,7 +18,6 @@ from typing import Any
 from tune_sync_plugin import runs
 from tune_sync_plugin.directories import Directories, Run, SyncJob, this_node
 from tune_sync_plugin.engine.pool import Limits, once
-from tune_sync_plugin.engine.storage import storage_at
 from tune_sync_plugin.engine.sync import sync
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Event, Started, Synced
@@ -37,18 +36,19 @@ class SyncWorker:
     """The process that syncs run in, an actor; see ``workers.py``. It keeps nothing between them.
 
     Args:
-        run: The experiment, pickled. What can't be unpickled here is reported by the first sync.
+        run: The experiment (a ``Run``), or its mirror, pickled. What can't be unpickled here is
+            reported by the first sync.
     """
 
     def __init__(self, run: bytes) -> None:
         self._pickled = run
-        self._run: Run | None = None
+        self._run: Any = None
         _yield_to_training()
         # What the first sync would have to wait for: the imports, and the storage's client.
         with contextlib.suppress(Exception):
-            storage_at(self._unpickled().filesystem, self._unpickled().destination)
+            self._unpickled().root()
 
-    def _unpickled(self) -> Run:
+    def _unpickled(self) -> Any:
         if self._run is None:
             self._run = pickle.loads(self._pickled)
         return self._run
@@ -154,5 +154,5 @@ def _has_files(directory: str) -> bool:
 def close_run(summary: dict[str, Any], timeout_s: float, run: Run) -> str | None:
     """Write the run's summary; returns a warning if another run was in the same directory."""
     limits = Limits(1, time.monotonic() + timeout_s)
-    storage = storage_at(run.filesystem, run.destination)
+    storage = run.storage(run.destination)
     return once(lambda: runs.close(storage, run.facts, summary), limits)

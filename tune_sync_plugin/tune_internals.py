@@ -158,6 +158,11 @@ def _restore_if_new(logger: Any, file_name: str, trial: Trial) -> None:
         type(logger)._restore_from_remote(logger, file_name, trial)
 
 
+def trial_directory(trial: Trial) -> str:
+    """The name of a trial's directory in the experiment's."""
+    return str(trial.storage.trial_dir_name)
+
+
 def trial_roots(trial: Trial) -> tuple[str, str]:
     """A trial's working directory, and what ``get_trial_dir()`` names, in the run's directory.
 

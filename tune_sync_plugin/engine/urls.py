@@ -1,0 +1,132 @@
+"""From a URL and its options to a file system: any protocol of fsspec's, S3 by what is faster.
+
+Made where it is used, in the task: many clients don't survive being pickled or forked, and what is
+not carried around can't be left lying about.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+_S3 = ("s3", "s3a")
+
+# s3fs's names of what pyarrow's S3 file system, and so obstore, can do as well. Whoever asks for
+# anything else gets s3fs itself.
+_S3_OPTIONS = {
+    "key": "access_key",
+    "username": "access_key",
+    "secret": "secret_key",
+    "password": "secret_key",
+    "token": "session_token",
+    "anon": "anonymous",
+    "endpoint_url": "endpoint_override",
+}
+_S3_CLIENT_OPTIONS = {
+    "aws_access_key_id": "access_key",
+    "aws_secret_access_key": "secret_key",
+    "aws_session_token": "session_token",
+    "endpoint_url": "endpoint_override",
+    "region_name": "region",
+}
+
+
+def filesystem_at(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The file system that a URL is on, and the path there; no request is made but for a region.
+
+    Args:
+        url: Of any protocol that fsspec knows, or a path. One of S3 may have pyarrow's query, as in
+            ``s3://bucket/dir?region=eu-west-1``.
+        options: fsspec's ``storage_options`` of that protocol.
+
+    Returns:
+        A file system that :func:`.storage_at` takes, and the path on it.
+
+    Raises:
+        ImportError: A library is missing; the message says how to install it.
+        ValueError: The URL, or an option, is not one that the protocol knows.
+
+    Example:
+        >>> filesystem_at("memory://results", {})[1]
+        '/results'
+    """
+    from fsspec.core import url_to_fs
+
+    protocol = protocol_of(url)
+    if protocol in _S3:
+        arrow_options = _for_arrow(options)
+        if arrow_options is not None:
+            return _arrow_s3(url, arrow_options)
+    try:
+        return url_to_fs(url, **options)  # type: ignore[no-any-return]
+    except ImportError as error:
+        library = re.search(r"[Ii]nstall (\w+)", str(error))
+        hint = f"pip install {library[1]}" if library else "install what it needs"
+        raise ImportError(
+            f"{protocol}:// needs a library that is missing here ({error}): {hint}, on every node, "
+            'or name it in the runtime_env: ray.init(runtime_env={"pip": [...]})'
+        ) from error
+    except TypeError as error:  # of the file system's constructor
+        raise ValueError(f"storage_options of {protocol}://: {error}") from error
+
+
+def protocol_of(url: str) -> str:
+    """The URL's protocol; ``file`` for a path.
+
+    Example:
+        >>> protocol_of("s3://bucket/a"), protocol_of("/mnt/a")
+        ('s3', 'file')
+    """
+    protocol, separator, _ = url.partition("://")
+    return protocol if separator else "file"
+
+
+def below(url: str, name: str) -> str:
+    """The URL of what has that name in the directory that a URL is of.
+
+    Example:
+        >>> below("s3://bucket/a/?region=eu-west-1", "exp")
+        's3://bucket/a/exp?region=eu-west-1'
+    """
+    path, question, query = url.partition("?")
+    return f"{path.rstrip('/')}/{name}{question}{query}"
+
+
+def without_secrets(url: str) -> str:
+    """The URL as it may be shown: no user, no password, no query.
+
+    Example:
+        >>> without_secrets("sftp://me:secret@host:22/a?key=b")
+        'sftp://host:22/a'
+    """
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _for_arrow(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _S3_OPTIONS:
+            found[_S3_OPTIONS[name]] = value
+        elif name == "client_kwargs" and set(value) <= set(_S3_CLIENT_OPTIONS):
+            found |= {_S3_CLIENT_OPTIONS[inner]: given for inner, given in value.items()}
+        else:
+            return None
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def _arrow_s3(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    from pyarrow import fs as arrow
+
+    if "?" in url or not options:
+        if options:
+            raise ValueError("options are in the URL's query or in storage_options, not both")
+        return arrow.FileSystem.from_uri(url.replace("s3a://", "s3://", 1))  # type: ignore[no-any-return]
+    path = url.partition("://")[2]
+    if "region" not in options and "endpoint_override" not in options:
+        options["region"] = arrow.resolve_s3_region(path.partition("/")[0])
+    return arrow.S3FileSystem(**options), path.rstrip("/")
