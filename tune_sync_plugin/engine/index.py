@@ -21,6 +21,8 @@ from tune_sync_plugin.errors import SyncError
 OUR_DIRECTORY = ".tune_sync"
 INDEX = f"{OUR_DIRECTORY}/index.json"
 _VERSION = 1
+# Entries that are made text of in one go.
+_AT_ONCE = 10_000
 
 
 class Entry(NamedTuple):
@@ -83,13 +85,21 @@ def _entry(path: str, size: int | None, checksum: str, root: str) -> Entry:
 
 def serialize(index: Index) -> bytes:
     """The bytes of an index's file: a line of facts about the rest, then the rest."""
-    body = json.dumps(index.entries, ensure_ascii=False, sort_keys=True).encode()
+    # Some at a time: of very many files the text alone is as large as all the rest.
+    body = bytearray(b"{")
+    paths = sorted(index.entries)
+    for start in range(0, len(paths), _AT_ONCE):
+        some = {path: index.entries[path] for path in paths[start : start + _AT_ONCE]}
+        body += b", " * (start > 0) + json.dumps(some, ensure_ascii=False)[1:-1].encode()
+    body += b"}"
     facts = {"version": _VERSION, "writer": index.writer, "md5": _digest(index.writer, body)}
     return json.dumps(facts).encode() + b"\n" + body
 
 
-def _digest(writer: str, body: bytes) -> str:
-    return md5(writer.encode() + b"\n" + body, usedforsecurity=False).hexdigest()
+def _digest(writer: str, body: bytes | bytearray) -> str:
+    digest = md5(writer.encode() + b"\n", usedforsecurity=False)
+    digest.update(body)
+    return digest.hexdigest()
 
 
 def read(storage: Storage) -> Index | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 
 from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine.index import Entry, Index
@@ -131,10 +130,10 @@ class IndexKeeper:
                 manifest.meet(new)
         if not manifest.unindexed or not self._readable:
             return None
-        entries = {**manifest.foreigners(), **manifest.index_entries()}
-        if _digest(entries) == manifest.indexed_paths and not (forced and manifest.has_unindexed):
+        same = manifest.paths_digest() == manifest.indexed_paths
+        if same and not (forced and manifest.has_unindexed):
             return None
-        return self._write(entries)
+        return self._write({**manifest.foreigners(), **manifest.index_entries()})
 
     def _write(self, entries: dict[str, Entry]) -> BaseException | None:
         manifest = self.manifest
@@ -152,9 +151,5 @@ class IndexKeeper:
         except BaseException as error:
             return error
         # Of what is known here now: reading theirs may have added to it.
-        manifest.index_written(_digest(manifest.foreigners().keys() | manifest.index_paths()))
+        manifest.index_written()
         return None
-
-
-def _digest(paths: Iterable[str]) -> str:
-    return sha256("\0".join(sorted(paths)).encode()).hexdigest()

@@ -14,6 +14,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 from urllib.parse import quote
 
@@ -364,9 +365,13 @@ class Manifest:
         )
         return {path: Entry(*facts) for path, *facts in rows}
 
-    def index_paths(self) -> set[str]:
-        """The paths of these files."""
-        return {path for (path,) in self._db.execute(f"SELECT path FROM files WHERE {_SENT}")}
+    def paths_digest(self) -> str:
+        """Stands for the set of paths that the index has to name."""
+        digest = sha256()
+        query = f"SELECT path FROM files WHERE {_SENT} UNION SELECT path FROM foreigners"
+        for (path,) in self._db.execute(f"{query} ORDER BY path"):
+            digest.update(path.encode() + b"\0")
+        return digest.hexdigest()
 
     @property
     def has_unindexed(self) -> bool:
@@ -387,11 +392,12 @@ class Manifest:
         """What :meth:`index_written` was given last."""
         return self._meta("indexed_paths")
 
-    def index_written(self, paths: str) -> None:
-        """The index in storage has all of this; ``paths`` stands for the set of its paths."""
+    def index_written(self) -> None:
+        """The index in storage has all of this."""
+        digest = self.paths_digest()
         with self._transaction() as db:
             db.execute("UPDATE files SET indexed = 1 WHERE NOT indexed")
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('indexed_paths', ?)", [paths])
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('indexed_paths', ?)", [digest])
             db.execute("DELETE FROM meta WHERE key = 'unindexed'")
 
     def close(self) -> None:

@@ -144,7 +144,13 @@ class ObjectStorage:
         self._plain.copy(path, to)
 
     def remove(self, path: str) -> None:
-        self._plain.remove(path)
+        key = self._key(path)
+        if key is None:
+            self._plain.remove(path)
+            return
+        # pyarrow would leave an object that stands for the directory.
+        with contextlib.suppress(FileNotFoundError), _explained(key):
+            obstore.delete(self._client, key)
 
     def discard_partial(self, path: str, run_id: str) -> None:
         """Nothing: an object is there or it is not."""
@@ -165,6 +171,8 @@ _OPERATIONS = {
     ("POST", "uploadId"): "CompleteMultipartUpload",
     ("HEAD", ""): "HeadObject",
     ("GET", ""): "GetObject",
+    ("POST", "delete"): "DeleteObjects",
+    ("DELETE", ""): "DeleteObject",
 }
 
 

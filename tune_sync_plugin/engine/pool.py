@@ -26,6 +26,9 @@ _OUTAGE_S = 120.0
 # So many files refused for good and none accepted: the rest would fare no better.
 _REFUSALS = 32
 
+# What has become of a job that was not begun: 0.
+_STARTED, _DONE = 1, 2
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -87,8 +90,9 @@ def run(
     todo = iter(range(len(jobs)))
     lock = threading.Lock()
     done: queue.SimpleQueue[tuple[int, R | BaseException]] = queue.SimpleQueue()
-    pending = set(range(len(jobs)))
-    started: set[int] = set()
+    # One byte a job, since there may be very many.
+    states = bytearray(len(jobs))
+    left = len(jobs)
     health = Health(limits)
     last_errors: dict[int, BaseException] = {}  # of jobs that are tried once more
 
@@ -99,7 +103,7 @@ def run(
                 number = -1 if over else next(todo, -1)
                 if number < 0:
                     return
-                started.add(number)
+                states[number] = _STARTED
             failed = functools.partial(last_errors.__setitem__, number)
             done.put((number, _persist(jobs[number], do, limits, health, failed)))
 
@@ -107,7 +111,7 @@ def run(
         # Daemons: a hung request must not keep the process from ending.
         threading.Thread(target=work, name="tune_sync_transfer", daemon=True).start()
 
-    while pending:
+    while left:
         remaining = limits.deadline - limits.clock()
         if remaining <= 0:
             # What has ended by now still counts; nothing more is begun.
@@ -119,16 +123,19 @@ def run(
             if remaining <= 0:
                 break
             with lock:
-                idle = not started & pending
+                idle = _STARTED not in states
             if health.given_up and idle:
                 break
             continue
-        pending.remove(number)
+        states[number] = _DONE
+        left -= 1
         yield jobs[number], result
 
-    for number in sorted(pending):
+    for number, state in enumerate(states):
+        if state == _DONE:
+            continue
         if limits.clock() >= limits.deadline:
-            what = "still under way" if number in started else "not begun"
+            what = "still under way" if state == _STARTED else "not begun"
             before = last_errors.get(number)
             why = f"; the try before failed: {describe(before)}" if before else ""
             yield jobs[number], TimeoutError(f"{what} when sync_timeout ran out{why}")

@@ -63,8 +63,8 @@ class Transfer:
     # may write but not read.
     _etags_tell: bool = field(default=True, init=False)
     unchecked: str | None = field(default=None, init=False)
-    # A file of this name may be about to be sent.
-    _planned: frozenset[str] = field(default=frozenset(), init=False)
+    # A file of one of their names may be about to be sent.
+    _uploads: Sequence[Upload] = field(default=(), init=False)
     # By path, since a later try finds our own file where somebody else's was.
     _aside: dict[str, tuple[str, Stat]] = field(default_factory=dict, init=False)
 
@@ -73,7 +73,7 @@ class Transfer:
 
         What is not done at the deadline comes out with a ``TimeoutError``; see :mod:`.pool`.
         """
-        self._planned = frozenset(upload.entry.path for upload in uploads)
+        self._uploads = uploads
         for upload, result in run(uploads, self._upload, limits):
             if isinstance(result, Outcome):
                 yield result
@@ -148,8 +148,8 @@ class Transfer:
     def _set_aside(self, path: str, theirs: Stat) -> str:
         for number in itertools.count(1):
             name = f"{path}.before-{number}"
-            if name in self._planned:
-                continue
+            if any(upload.entry.path == name for upload in self._uploads):
+                continue  # looked for one by one: this is rare, and uploads may be very many
             found = self.storage.stat(name)
             if found is None:
                 self.storage.copy(path, name)

@@ -93,6 +93,9 @@ class Mirroring:
         self._fresh = False
         self._look_again = -math.inf
         self._finishing = False
+        # What was begun since, and what of that has failed.
+        self._last_tries: set[str] = set()
+        self._given_up: set[str] = set()
         self._ended = False
 
     # -- what happens ---------------------------------------------------------------------------
@@ -143,8 +146,8 @@ class Mirroring:
         """From now on everything is due at once, and tried once more."""
         with self._lock:
             self._finishing = True
-            self._not_before.clear()
-            self._tries.clear()
+            for noted in (self._not_before, self._tries, self._last_tries, self._given_up):
+                noted.clear()
             self._passed_over = None
             self._look_again = -math.inf
             self._changed.update(
@@ -160,12 +163,13 @@ class Mirroring:
             if not self._spread.is_idle or self._look_again == -math.inf:
                 return False
             owed = self._owed()
-            if any(self._may_begin(name) and not self._is_stuck(name) for name in owed):
+            if any(name not in self._given_up and not self._is_stuck(name) for name in owed):
                 return False
             if not owed and not self._failures and not self._ended:
                 self._ended = True
                 self._submit(_END, tasks.mirror_end, first=True)
                 return False
+            self._release_all()
             return True
 
     def _is_stuck(self, name: str) -> bool:
@@ -175,7 +179,7 @@ class Mirroring:
         if self._pending is None:
             return self._passed_over is not None
         return any(
-            not self._ledger.has(checkpoint) and not self._may_begin(checkpoint)
+            checkpoint in self._given_up and not self._ledger.has(checkpoint)
             for checkpoint in self._pending.checkpoints
         )
 
@@ -187,16 +191,19 @@ class Mirroring:
                 self._failures.setdefault(
                     name, (FileFailure(name, "", "TimeoutError", f"not mirrored: {why}"),)
                 )
+            self._release_all()
 
     def _owed(self) -> set[str]:
         owed = set(self._changed)
         version = current_version(self._experiment)
         if self._pending or version != (self._arrived and self._arrived.version):
             owed.add(_STATE)
+        if self._all:
+            owed |= {name for name in self._pins.names() if not self._ledger.has(name)}
         return owed
 
     def _may_begin(self, name: str) -> bool:
-        if self._finishing and self._tries.get(name, 0):
+        if name in self._given_up:
             return False
         return self._clock() >= self._not_before.get(name, -math.inf)
 
@@ -206,6 +213,8 @@ class Mirroring:
         small = name in (_STATE, _END)
         returns = function is tasks.mirror_trial
         task = Task(name, function, (*arguments, self._timeout_s), self._timeout_s, small, returns)
+        if self._finishing:
+            self._last_tries.add(name)
         self._spread.submit(task, first=first)
 
     # -- the state and its checkpoints ----------------------------------------------------------
@@ -223,12 +232,16 @@ class Mirroring:
         state = take(self._experiment, self._copy)
         if state is None:
             return
-        if all(self._ledger.has(name) or self._pins.pin(name) for name in state.checkpoints):
+        gone = [n for n in state.checkpoints if not self._ledger.has(n) and not self._pins.pin(n)]
+        if not gone:
             self._pending, self._fresh = state, False
             self._begun[_STATE] = self._clock()
-        else:
-            self._passed_over = state.version
-            self._report.states_passed_over += 1
+            return
+        self._passed_over = state.version
+        self._report.states_passed_over += 1
+        if self._finishing:  # no later one will come
+            message = f"the last state names a checkpoint that is gone, and was not sent: {gone[0]}"
+            self._failures[_STATE] = (FileFailure(_STATE, "", "FileNotFoundError", message),)
 
     def _is_due(self, name: str) -> bool:
         if self._finishing or (name == _STATE and self._fresh):
@@ -264,7 +277,8 @@ class Mirroring:
                 if self._all and name in self._pins.names():
                     continue  # it is still to be sent
                 self._ledger.incomplete(name)
-                self._submit(task, tasks.remove_checkpoint, self._ledger.files(name), first=False)
+                files = self._ledger.files(name)
+                self._submit(task, tasks.remove_checkpoint, name, files, first=False)
 
     def _release(self) -> None:
         """Let go of pins that nothing will ask for any more."""
@@ -275,9 +289,19 @@ class Mirroring:
             elif not self._all and not self._spread.has(name) and self._pins.is_deleted(name):
                 since = self._deleted_at.setdefault(name, self._versions)
                 if self._versions - since >= _STATES_TO_WAIT:
-                    del self._deleted_at[name]
-                    self._pins.release(name)
-                    self._report.checkpoints_skipped += 1
+                    self._skip(name)
+
+    def _skip(self, name: str) -> None:
+        self._deleted_at.pop(name, None)
+        self._failures.pop(name, None)
+        self._pins.release(name)
+        self._report.checkpoints_skipped += 1
+
+    def _release_all(self) -> None:
+        """No state will come any more; the checkpoints that the last one names are on disk."""
+        self._pending = None
+        for name in self._pins.names():
+            self._pins.release(name)
 
     # -- trials ---------------------------------------------------------------------------------
 
@@ -307,9 +331,12 @@ class Mirroring:
             self._vanished(name)
             return
         self._failures[name] = tuple(failed)
-        self._tries[name] = tries = self._tries.get(name, 0) + 1
-        pause = min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S)
-        self._not_before[name] = self._clock() + pause
+        if not self._finishing:
+            self._tries[name] = tries = self._tries.get(name, 0) + 1
+            pause = min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S)
+            self._not_before[name] = self._clock() + pause
+        elif name in self._last_tries:
+            self._given_up.add(name)
         if task.function is _TRIAL:
             self._changed.add(name)
 
@@ -323,14 +350,14 @@ class Mirroring:
         elif name == _STATE:
             self._arrived, self._pending = self._pending, None
             self._report.state_arrived()
+            self._look_again = -math.inf  # what it no longer names goes at once
         elif name.startswith(_REMOVE):
             self._ledger.forget(name.removeprefix(_REMOVE))
             self._report.checkpoints_deleted += 1
 
     def _vanished(self, name: str) -> None:
         """Deleted by Tune, on a file system where it could not be pinned: no error."""
-        self._pins.release(name)
-        self._report.checkpoints_skipped += 1
+        self._skip(name)
         if self._pending and name in self._pending.checkpoints:
             self._passed_over, self._pending = self._pending.version, None
             self._report.states_passed_over += 1

@@ -183,9 +183,11 @@ def mirror_end(name: str, timeout_s: float, run: MirrorRun) -> SyncReport:
 
 
 @_report
-def remove_checkpoint(name: str, files: list[str], timeout_s: float, run: MirrorRun) -> SyncReport:
+def remove_checkpoint(
+    name: str, checkpoint: str, files: list[str], timeout_s: float, run: MirrorRun
+) -> SyncReport:
     """Delete what we have put there of a checkpoint, and nothing else."""
-    storage, limits = run.storage(name), _limits(timeout_s)
+    storage, limits = run.storage(), _limits(timeout_s)
     for path in files:
-        once(lambda path=path: storage.remove(path), limits)  # type: ignore[misc]
+        once(lambda path=path: storage.remove(f"{checkpoint}/{path}"), limits)  # type: ignore[misc]
     return SyncReport()
