@@ -53,7 +53,13 @@ def train(config: dict[str, Any]) -> None:
 
 
 def tuner(
-    storage: Path, link: Link, prefix: str, space: dict[str, Any], **settings: Any
+    storage: Path,
+    link: Link,
+    prefix: str,
+    space: dict[str, Any],
+    *,
+    trainable: Any = train,
+    **settings: Any,
 ) -> tuple[tune.Tuner, SyncCallback]:
     callback = SyncCallback()
     sync_config = {
@@ -64,7 +70,7 @@ def tuner(
         **settings,
     }
     made = tune.Tuner(
-        train,
+        trainable,
         param_space=space,
         run_config=tune.RunConfig(
             name="exp",
@@ -213,14 +219,17 @@ def test_what_the_driver_can_not_reach_ends_it_before_training(
 
 
 def test_a_missing_bucket_and_a_missing_library(storage: Path, link: Link) -> None:
+    prefix = link.prefix()
+    # This server would make it: as AWS answers.
+    link.proxy.add_rule(rf"{prefix}/", "status:404:NoSuchBucket", method="PUT")
     for url, advice in (
-        ("s3://no-such-bucket-here/a", "Create the bucket"),
+        (f"s3://{link.s3.bucket}/{prefix}", "Create the bucket"),
         ("oci://bucket/a", "pip install"),
         ("nonsense://a", "Correct upload_dir"),
     ):
         given = options(link) if url.startswith("s3") else None
         made, _ = tuner(
-            storage, link, "", {"x": 1, "steps": 1}, upload_dir=url, storage_options=given
+            storage, link, prefix, {"x": 1, "steps": 1}, upload_dir=url, storage_options=given
         )
         with pytest.raises(SyncError, match=advice):
             made.fit()

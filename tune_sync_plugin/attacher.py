@@ -50,6 +50,7 @@ class Attacher:
         report: Gets what restores did, and who could not be attached to.
         warn_once: Logs a message of a kind, the first time.
         reuses_actors: Whether Tune does.
+        is_on: Told of each node that a trial has come to.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Attacher:
         report: ExperimentReport,
         warn_once: Callable[[str, str], None],
         reuses_actors: bool,
+        is_on: Callable[[str], None],
     ) -> None:
         self._run = run
         self._config = config
@@ -69,6 +71,7 @@ class Attacher:
         self._report = report
         self._warn_once = warn_once
         self._reuses_actors = reuses_actors
+        self._is_on = is_on
         self._options = config.options()
         self._resumed = run.facts.resumed
         self._here = ray.get_runtime_context().get_node_id()
@@ -201,7 +204,7 @@ class Attacher:
         job = self._job(trial, attached.logdir)
         self._dispatcher.set_places(trial.trial_id, dict.fromkeys(attached.nodes, job))
         for node_id in attached.nodes:
-            self._executor.expect(node_id)
+            self._is_on(node_id)
 
     def _restored(self, key: str, report: RestoreReport) -> None:
         self._report.of(key).restored.append(report)

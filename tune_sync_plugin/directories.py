@@ -84,8 +84,20 @@ class Run:
         return storage_at(self.filesystem, destination, in_training=in_training)
 
     def root(self) -> Storage:
-        """The experiment's directory."""
-        return self.storage(self.destination)
+        """The experiment's directory.
+
+        Raises:
+            FileNotFoundError: It is a local path, and not the driver's.
+        """
+        storage = self.storage(self.destination)
+        # Elsewhere a local path is just a directory of its own, and a sync to it would succeed.
+        if isinstance(storage, LocalStorage) and not storage.stat(self.storage_mark):
+            raise FileNotFoundError(
+                f"this node does not see the driver's storage: {self.destination}/"
+                f"{self.storage_mark} is missing. A local storage_path must be on a file system "
+                "that all nodes mount, as NFS"
+            )
+        return storage
 
 
 class HasSession(Protocol):
@@ -143,7 +155,7 @@ class Directories:
         self.claimed = os.path.join(here, _OUR_DIR, f"claimed-{run.facts.id}")
         self.storage: Storage = run.storage(job.destination, in_training=in_training)
         if job.key != EXPERIMENT and isinstance(self.storage, LocalStorage):
-            _check_shared(run)
+            run.root()
         # The same directory may have been named twice.
         paths = [os.path.realpath(os.path.join(here, root)) for root in job.roots]
         self.roots = list(dict.fromkeys(paths))
@@ -217,13 +229,3 @@ def _manifest(here: str, key: str, storage: Storage) -> str:
     name = hashlib.sha256(storage.name.encode()).hexdigest()[:16]
     readable = re.sub(r"[^\w.-]", "_", key)[:64]
     return os.path.join(here, _OUR_DIR, f"{readable}-{name}.sqlite")
-
-
-def _check_shared(run: Run) -> None:
-    # On a node that does not see the driver's storage a local path is just a directory of its own,
-    # and a sync to it would succeed.
-    if not run.storage(run.destination).stat(run.storage_mark):
-        raise FileNotFoundError(
-            f"this node does not see the driver's storage: {run.destination}/{run.storage_mark} is "
-            "missing. A local storage_path must be on a file system that all nodes mount, as NFS"
-        )

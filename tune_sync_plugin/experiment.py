@@ -21,6 +21,7 @@ from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, code_of, describe
 from tune_sync_plugin.executor import RayExecutor
 from tune_sync_plugin.mirror.start import start_mirror
+from tune_sync_plugin.preflight import Preflight, warnings_about
 from tune_sync_plugin.report import (
     EXPERIMENT,
     ExperimentReport,
@@ -102,6 +103,7 @@ class Experiment:
         if self._mirror:
             report.mirror = MirrorReport()
 
+        self._preflight = Preflight(self._executor)
         self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
         self._attacher = Attacher(
             run,
@@ -111,7 +113,14 @@ class Experiment:
             report,
             self.warn_once,
             storage.reuses_actors,
+            self._is_on,
         )
+
+    def _is_on(self, node_id: str) -> None:
+        """A trial is there: what it writes will have to be synced."""
+        self._executor.expect(node_id)
+        if self.config.preflight:
+            self._preflight.check(node_id)
 
     def take_over(self, storage: tune_internals.Storage, last: Callable[[], None]) -> None:
         """Put ourselves in the place of Ray's syncing; the last step is what does it."""
@@ -155,6 +164,9 @@ class Experiment:
         self._attacher.poll()
         self.dispatcher.poll()
         self._executor.tidy()
+        for node_id, finding in self._preflight.poll().items():
+            for warning in warnings_about(node_id, finding, self._report.destination):
+                self.warn_once(warning, warning)
         if self._mirror:
             self._mirrored(self._mirror.poll())
 

@@ -90,7 +90,7 @@ _ADVICE = (
         "in its environment",
     ),
     (r"[Cc]redentials", "Give credentials in storage_options, or in this node's environment"),
-    (r"^ValueError", "Correct upload_dir or storage_options"),
+    (r"^(ValueError|TypeError)", "Correct upload_dir or storage_options"),
     (r"", "Is the endpoint right, and can this node reach it?"),
 )
 
