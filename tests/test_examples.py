@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import s3_server
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SUMMARY = re.compile(
     r"synced (\d+) trials: (\d+) files, [\d.]+ \w+ uploaded, [\d.]+ \w+ unchanged, (\d+) failed"
@@ -105,15 +107,16 @@ def test_quickstart(environment: Path, tmp_path: Path) -> None:
         assert not Path(nodes_dir).exists()
 
 
-def test_notebook(environment: Path, tmp_path: Path) -> None:
-    for name in ("ipykernel", "nbclient", "nbformat"):
-        pytest.importorskip(name, reason=f"{name} is missing: pip install -e '.[examples]'")
+def run_notebook(name: str, where: Path) -> str:
+    """Execute a notebook in a directory; returns what its cells printed."""
+    for module in ("ipykernel", "nbclient", "nbformat"):
+        pytest.importorskip(module, reason=f"{module} is missing: pip install -e '.[examples]'")
     import nbformat
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(EXAMPLES / "01_quickstart.ipynb", as_version=nbformat.NO_CONVERT)
+    notebook = nbformat.read(EXAMPLES / name, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "clear the outputs"
@@ -124,10 +127,16 @@ def test_notebook(environment: Path, tmp_path: Path) -> None:
         notebook,
         km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels),
         timeout=120,
-        resources={"metadata": {"path": str(tmp_path)}},
+        resources={"metadata": {"path": str(where)}},
     )
     client.execute(env=dict(os.environ))
+    return "".join(
+        output.text for cell in code for output in cell.outputs if output.output_type == "stream"
+    )
 
+
+def test_quickstart_notebook(environment: Path, tmp_path: Path) -> None:
+    printed = run_notebook("01_quickstart.ipynb", tmp_path)
     trials = trial_dirs(tmp_path / "tune_sync_results")
     assert trials.keys() == {"0.1000", "1", "10"}
     for lr, trial_dir in trials.items():
@@ -147,10 +156,21 @@ def test_notebook(environment: Path, tmp_path: Path) -> None:
         assert (trial_dir / "result.json").read_bytes().count(b"\n") == reports
         assert len(list(trial_dir.glob("checkpoint_*/model.txt"))) == reports
 
-    printed = "".join(
-        output.text for cell in code for output in cell.outputs if output.output_type == "stream"
-    )
     summary = SUMMARY.search(printed)
     assert summary, printed
     assert summary.groups() == ("3", str(number_synced(tmp_path / "tune_sync_results")), "0")
     assert "not synced: []" in printed
+
+
+def test_object_storage_notebook(environment: Path, tmp_path: Path) -> None:
+    if reason := s3_server.available():
+        pytest.skip(reason)
+    printed = run_notebook("02_object_storage.ipynb", tmp_path)
+    assert "mirror s3://results/my-project/mirrored: " in printed
+    assert " 0 failed" in printed
+    kept = re.findall(
+        r"^mirrored/.*lr=([\d.]+)_.*/checkpoint_00000(\d)/weights.bin$", printed, re.M
+    )
+    assert kept == [("0.1000", "2"), ("0.1000", "3"), ("1.0000", "2"), ("1.0000", "3")]
+    logs = re.findall(r"log.txt (\[.*\])", printed)
+    assert logs == [str([f"epoch {n}" for n in range(6)])] * 2
