@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from tests.support.proxy import Proxy
 from tests.support.restarts import Place
 from tests.support.s3_server import S3Server
 from tests.support.scenarios import Link
+from tests.support.servers import Azurite, FakeGcs, WebDav
+from tests.support.sftp_server import SftpServer
+
+# gcsfs asks first, by gRPC, what kind of bucket it is. fake-gcs-server does not answer that, and
+# gcsfs waits. It reads this when it is imported.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +35,40 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip(reason)
     with S3Server.start(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+def _served(server: Any, reason: str | None) -> Iterator[Any]:
+    if reason:
+        pytest.skip(reason)
+    with server() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    yield from _served(lambda: Azurite(tmp_path_factory.mktemp("azurite")), Azurite.available())
+
+
+@pytest.fixture(scope="session")
+def webdav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDav]:
+    yield from _served(lambda: WebDav(tmp_path_factory.mktemp("webdav")), WebDav.available())
+
+
+@pytest.fixture(scope="session")
+def fake_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGcs]:
+    yield from _served(lambda: FakeGcs(tmp_path_factory.mktemp("gcs")), FakeGcs.available())
+
+
+@pytest.fixture(scope="session")
+def fake_gcs_of_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGcs]:
+    directory = tmp_path_factory.mktemp("gcs-files")
+    yield from _served(lambda: FakeGcs(directory, in_directory=True), FakeGcs.available())
+
+
+@pytest.fixture(scope="session")
+def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SftpServer]:
+    with SftpServer(tmp_path_factory.mktemp("sftp")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,7 @@ import http.server
 import os
 import pickle
 import threading
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,18 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from pyarrow import _fs as arrow_internals
 from pyarrow import fs as arrow
 
 from tests.engine.fakes import Counting, tree
+from tests.engine.places import KINDS, Place, place_of
 from tests.engine.support import Disk, entry_of, fill, put, sync_dir
 from tests.support import s3_server
 from tests.support.s3_server import S3Server
 from tune_sync_plugin.engine.arrow_storage import ArrowStorage
 from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
-from tune_sync_plugin.engine.fsspec_storage import FsspecStorage
-from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.object_storage import ObjectStorage
 from tune_sync_plugin.engine.source import Memory, Source
-from tune_sync_plugin.engine.storage import Storage, partial_path, storage_at
+from tune_sync_plugin.engine.storage import partial_path, storage_at
 from tune_sync_plugin.errors import SourceChangedError
 
 MB = 1 << 20
@@ -43,118 +39,9 @@ ODD_NAMES = [
 ]
 
 
-@dataclass
-class Place:
-    """A storage, the class it should be, and a way to look into it that bypasses it."""
-
-    storage: Storage
-    kind: type
-    contents: Callable[[], dict[str, bytes]]
-    client: Callable[[], Storage] | None = None
-
-    def another(self) -> Storage:
-        """The same place through another client, where there can be two."""
-        return self.client() if self.client else self.storage
-
-
-def _memory_contents(root: str) -> dict[str, bytes]:
-    store = MemoryFileSystem.store
-    return {p[len(root) + 1 :]: f.getvalue() for p, f in store.items() if p.startswith(root + "/")}
-
-
-def _mock_contents(filesystem: Any, root: str) -> dict[str, bytes]:
-    found = filesystem.get_file_info(arrow.FileSelector(root, recursive=True, allow_not_found=True))
-    return {
-        info.path[len(root) + 1 :]: filesystem.open_input_file(info.path).read()
-        for info in found
-        if info.type == arrow.FileType.File
-    }
-
-
-class _OnlyHandler(arrow.FSSpecHandler):
-    """A handler we don't know, so that the file system around it can't be unwrapped."""
-
-
-class _OnlyLocal(LocalFileSystem):
-    """Likewise; a stand-in for SFTP and its like, with real directories."""
-
-
-def _local(tmp_path: Path, filesystem: Any, path: str) -> Place:
-    there = tmp_path / "base" / "storage"
-    return Place(storage_at(filesystem, path), LocalStorage, lambda: tree(there))
-
-
-def _places(kind: str, tmp_path: Path, s3: Callable[[], S3Server]) -> Place:
-    base = str(tmp_path / "base")
-    os.makedirs(base)
-    unique = f"run-{uuid.uuid4().hex}"
-    if kind == "arrow local":
-        return _local(tmp_path, arrow.LocalFileSystem(), f"{base}/storage")
-    if kind == "arrow subtree":
-        return _local(tmp_path, arrow.SubTreeFileSystem(base, arrow.LocalFileSystem()), "storage")
-    if kind == "arrow around fsspec local":
-        wrapped = arrow.PyFileSystem(arrow.FSSpecHandler(LocalFileSystem()))
-        return _local(tmp_path, wrapped, f"{base}/storage")
-    if kind == "fsspec dir":
-        return _local(tmp_path, DirFileSystem(base, LocalFileSystem()), "storage")
-    if kind == "fsspec memory":
-        root = f"/{unique}/storage"
-        return Place(
-            storage_at(fsspec.filesystem("memory"), root),
-            FsspecStorage,
-            lambda: _memory_contents(root),
-        )
-    if kind == "arrow mock":
-        mock = arrow_internals._MockFileSystem()
-        return Place(
-            storage_at(mock, "storage"), ArrowStorage, lambda: _mock_contents(mock, "storage")
-        )
-    if kind == "arrow unknown handler":
-        unknown = arrow.PyFileSystem(_OnlyHandler(LocalFileSystem()))
-        there = f"{base}/storage"
-        return Place(storage_at(unknown, there), ArrowStorage, lambda: tree(there))
-    if kind == "fsspec unknown":
-        there = f"{base}/storage"
-        return Place(storage_at(_OnlyLocal(), there), FsspecStorage, lambda: tree(there))
-    server = s3()
-    prefix = f"{unique}/storage"
-
-    def contents() -> dict[str, bytes]:
-        return {key[len(prefix) + 1 :]: server.get(key) for key in server.keys(prefix + "/")}
-
-    if kind == "arrow s3":
-
-        def arrow_client() -> Storage:
-            return storage_at(server.arrow_fs(), f"{server.bucket}/{prefix}")
-
-        return Place(arrow_client(), ObjectStorage, contents, arrow_client)
-
-    if kind == "arrow s3 with metadata":
-        # An option that can't be carried over.
-        metadata = {"Content-Type": "text/plain"}
-
-        def plain_client() -> Storage:
-            filesystem = server.arrow_fs(default_metadata=metadata)
-            return storage_at(filesystem, f"{server.bucket}/{prefix}")
-
-        return Place(plain_client(), ArrowStorage, contents, plain_client)
-
-    def s3fs_client() -> Storage:
-        return storage_at(server.s3fs_fs(), f"{server.bucket}/{prefix}")
-
-    return Place(s3fs_client(), FsspecStorage, contents, s3fs_client)
-
-
-KINDS = [
-    *("arrow local", "arrow subtree", "arrow around fsspec local", "fsspec dir"),
-    *("fsspec memory", "fsspec unknown", "arrow mock", "arrow unknown handler"),
-    *("arrow s3", "arrow s3 with metadata", "s3fs s3"),
-]
-
-
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    yield _places(request.param, tmp_path, lambda: request.getfixturevalue("s3"))
+    yield place_of(request.param, tmp_path, request.getfixturevalue)
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 

@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -196,6 +198,15 @@ class S3Server:
             f"&endpoint_override={self.host}:{port or self.port}&region={REGION}"
         )
 
+    def options(self, port: int | None = None) -> dict[str, Any]:
+        """Return the `storage_options` that go with `s3://bucket/...`."""
+        return {
+            "key": self.access_key,
+            "secret": self.secret_key,
+            "endpoint_url": f"http://{self.host}:{port or self.port}",
+            "client_kwargs": {"region_name": REGION},
+        }
+
     def arrow_fs(self, port: int | None = None, **options: Any) -> pyarrow.fs.S3FileSystem:
         """Return a pyarrow file system; `options` go to `S3FileSystem`."""
         return pyarrow.fs.S3FileSystem(
@@ -235,6 +246,18 @@ class S3Server:
             key[len(prefix) + 1 :]: client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
             for key in self.keys(f"{prefix}/")
         }
+
+    def add(self, prefix: str, files: Mapping[str, bytes]) -> None:
+        """Put files below `prefix`."""
+        client = self.client()
+        with ThreadPoolExecutor(10) as pool:
+            for done in [
+                pool.submit(
+                    client.put_object, Bucket=self.bucket, Key=f"{prefix}/{path}", Body=content
+                )
+                for path, content in files.items()
+            ]:
+                done.result()
 
     def get(self, key: str) -> bytes:
         """Return an object's content.

@@ -1,6 +1,7 @@
 """A real SFTP server (asyncssh) on loopback, in a thread of this process.
 
-What belongs here: starting and stopping it, and an fsspec client of it.
+What belongs here: starting and stopping it, and an fsspec client of it. It serves files and, as
+many do, refuses to run commands.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ class SftpServer:
         ...     server.client().pipe_file("/a", b"1")
     """
 
+    user = "tune"
+
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.served = directory
         self._password = secrets.token_hex(8)
         self._loop = asyncio.new_event_loop()
         self._server: Any = None
@@ -55,20 +58,33 @@ class SftpServer:
                 return given == password
 
         def files(channel: Any) -> asyncssh.SFTPServer:
-            return asyncssh.SFTPServer(channel, chroot=str(self._directory).encode())
+            return asyncssh.SFTPServer(channel, chroot=str(self.served).encode())
 
         key = asyncssh.generate_private_key("ssh-ed25519")
         self._server = await asyncssh.create_server(
             Login, HOST, 0, server_host_keys=[key], sftp_factory=files
         )
 
+    @property
+    def port(self) -> int:
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    def url(self, path: str) -> str:
+        """What a user gives as ``upload_dir``."""
+        return f"sftp://{self.user}@{HOST}:{self.port}/{path}"
+
+    def options(self) -> dict[str, Any]:
+        """And as ``storage_options``."""
+        return {"password": self._password}
+
     def client(self) -> Any:
         """A new fsspec file system."""
         return fsspec.filesystem(
             "ssh",
             host=HOST,
-            port=self._server.sockets[0].getsockname()[1],
-            username="tune",
+            port=self.port,
+            username=self.user,
             password=self._password,
             known_hosts=None,
             skip_instance_cache=True,
