@@ -53,9 +53,18 @@ _FATAL_TEXT = re.compile(
     r"|\((?:AccessDenied|NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken)\)"
     r"|Unable to locate credentials|NoCredentialsError"
     # s3fs and gcsfs make a bare FileNotFoundError of it.
-    r"|The specified bucket does not exist",
+    r"|The specified bucket does not exist"
+    # Azure's.
+    r"|ErrorCode:(?:Authentication|Authorization|InsufficientAccount|NoAuthentication)\w+"
+    r"|ErrorCode:(?:Container(?:NotFound|BeingDeleted|Disabled)|AccountIsDisabled|InvalidUri)\b"
+    # Google's, as gcsfs has them.
+    r"|does not have storage\.\w+\.\w+ access|^Forbidden: |Invalid Credentials, 401",
     re.IGNORECASE,
 )
+
+
+# Of ours or of a client's, which the next try has as well; or a library is missing.
+_BUGS = (TypeError, AttributeError, LookupError, NameError, AssertionError, ImportError)
 
 
 def is_retryable(error: BaseException) -> bool:
@@ -65,8 +74,8 @@ def is_retryable(error: BaseException) -> bool:
     """
     if isinstance(error, SourceError | PermissionError | NotImplementedError | ValueError):
         return False
-    if isinstance(error, TypeError | AttributeError | LookupError | NameError | AssertionError):
-        return False  # a bug, of ours or of a client's, which the next try has as well
+    if isinstance(error, _BUGS):
+        return False
     if isinstance(error, OSError) and error.errno in _FATAL_ERRNOS:
         return False
     return not _FATAL_TEXT.search(_text(error))

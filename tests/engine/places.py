@@ -26,6 +26,7 @@ from tests.support.s3_server import S3Server
 from tests.support.servers import Azurite, FakeGcs, WebDav
 from tests.support.sftp_server import SftpServer
 from tune_sync_plugin.engine.arrow_storage import ArrowStorage
+from tune_sync_plugin.engine.file_servers import SftpStorage, WebDavStorage
 from tune_sync_plugin.engine.fsspec_storage import FsspecStorage
 from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.object_storage import ObjectStorage
@@ -44,6 +45,8 @@ class Place:
     kind: type
     contents: Callable[[], dict[str, bytes]]
     client: Callable[[], Storage] | None = None
+    # Names that it does not take: files of these are reported, and nothing else of them is stored.
+    refuses: frozenset[str] = frozenset()
     # What a user gives as upload_dir, and as storage_options.
     url: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -143,7 +146,8 @@ def place_of(kind: str, tmp_path: Path, fixture: Fixture) -> Place:
     def s3fs_client() -> Storage:
         return storage_at(server.s3fs_fs(), f"{server.bucket}/{prefix}")
 
-    return Place(s3fs_client(), FsspecStorage, contents, s3fs_client)
+    refuses = frozenset({"v?versionId=1"})
+    return Place(s3fs_client(), FsspecStorage, contents, s3fs_client, refuses)
 
 
 # -- by their URLs, as SyncConfig(upload_dir=...) opens them -------------------------------------
@@ -155,13 +159,14 @@ def _by_url(
     options: Mapping[str, Any],
     contents: Callable[[], dict[str, bytes]],
     holding: Callable[[Mapping[str, bytes]], Storage],
+    refuses: frozenset[str] = frozenset(),
 ) -> Place:
     def client() -> Storage:
         # Not the one that fsspec keeps for the next who asks; S3's options name no such thing.
         fresh = {} if kind in (ObjectStorage, LocalStorage) else {"skip_instance_cache": True}
         return at_url(url, {**options, **fresh})
 
-    return Place(client(), kind, contents, client, url, options, holding)
+    return Place(client(), kind, contents, client, refuses, url, options, holding)
 
 
 def at_url(url: str, options: Mapping[str, Any]) -> Storage:
@@ -202,7 +207,8 @@ def _url_azure(tmp_path: Path, prefix: str, fixture: Fixture) -> Place:
         server.add(prefix, files)
         return at_url(url, options)
 
-    return _by_url(FsspecStorage, url, options, lambda: server.contents(prefix), holding)
+    refuses = frozenset({"new\nline", "tab\there", "q?"})
+    return _by_url(FsspecStorage, url, options, lambda: server.contents(prefix), holding, refuses)
 
 
 def _url_gcs(tmp_path: Path, prefix: str, fixture: Fixture) -> Place:
@@ -220,19 +226,20 @@ def _url_gcs(tmp_path: Path, prefix: str, fixture: Fixture) -> Place:
 
 def _url_sftp(tmp_path: Path, prefix: str, fixture: Fixture) -> Place:
     server: SftpServer = fixture("sftp")
-    return _of_directory(server, prefix)
+    return _of_directory(SftpStorage, server, prefix)
 
 
 def _url_webdav(tmp_path: Path, prefix: str, fixture: Fixture) -> Place:
     server: WebDav = fixture("webdav")
-    return _of_directory(server, prefix)
+    return _of_directory(WebDavStorage, server, prefix)
 
 
-def _of_directory(server: SftpServer | WebDav, prefix: str) -> Place:
+def _of_directory(kind: type, server: SftpServer | WebDav, prefix: str) -> Place:
     url, options = server.url(prefix), server.options()
     holding = _in_directory(server.served, prefix, lambda: at_url(url, options))
     there = server.served / prefix
-    return _by_url(FsspecStorage, url, options, lambda: tree(there), holding)
+    refuses = frozenset({"new\nline", "tab\there"} if kind is WebDavStorage else ())
+    return _by_url(kind, url, options, lambda: tree(there), holding, refuses)
 
 
 _URLS = {

@@ -33,6 +33,7 @@ class SftpServer:
         self._password = secrets.token_hex(8)
         self._loop = asyncio.new_event_loop()
         self._server: Any = None
+        self._connections: list[Any] = []
 
     def __enter__(self) -> SftpServer:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -50,7 +51,12 @@ class SftpServer:
     async def _start(self) -> None:
         password = self._password
 
+        connections = self._connections
+
         class Login(asyncssh.SSHServer):
+            def connection_made(self, conn: Any) -> None:
+                connections.append(conn)
+
             def password_auth_supported(self) -> bool:
                 return True
 
@@ -77,6 +83,12 @@ class SftpServer:
     def options(self) -> dict[str, Any]:
         """And as ``storage_options``."""
         return {"password": self._password}
+
+    def disconnect(self) -> None:
+        """Break all connections, as a restart would."""
+        for connection in self._connections:
+            self._loop.call_soon_threadsafe(connection.abort)
+        self._connections.clear()
 
     def client(self) -> Any:
         """A new fsspec file system."""

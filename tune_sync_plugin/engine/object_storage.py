@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
+from tune_sync_plugin.engine import memory
 from tune_sync_plugin.engine.arrow_storage import ArrowStorage
 from tune_sync_plugin.engine.checksum import PART_BYTES, part_bytes_for
 from tune_sync_plugin.engine.s3_append import PartCopier, part_copier
@@ -27,8 +27,6 @@ from tune_sync_plugin.engine.storage import Stat, Storage
 _WHOLE_BYTES = PART_BYTES
 # Parts of one file on their way at once.
 _PARTS = 3
-# Of files' contents in memory at once, in the whole process: two large files and a few small ones.
-_MEMORY_BYTES = 110 << 20
 
 _NOT_FOR_OBSTORE = re.compile(r"[\x00-\x1f\x7f\\]")
 
@@ -44,31 +42,6 @@ def faster(plain: ArrowStorage, filesystem: Any, path: str) -> Storage:
     if options is None or client is None:
         return plain
     return ObjectStorage(plain, client, prefix, part_copier(options, bucket, os.getpid()))
-
-
-class _Memory:
-    """Keeps what is read into memory at once within a bound."""
-
-    def __init__(self, size: int) -> None:
-        self._size = self._left = size
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, size: int) -> Iterator[None]:
-        """Wait for room; what is larger than all there is waits for all."""
-        size = min(size, self._size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._left >= size)
-            self._left -= size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._left += size
-                self._changed.notify_all()
-
-
-_memory = _Memory(_MEMORY_BYTES)
 
 
 class ObjectStorage:
@@ -94,12 +67,12 @@ class ObjectStorage:
         if key is None:
             return self._plain.write(path, source, run_id)
         if source.size <= _WHOLE_BYTES:
-            with _memory.take(source.size), _explained(key):
+            with memory.bound.take(source.size), _explained(key):
                 answer = obstore.put(self._client, key, source.read(), use_multipart=False)
         else:
             part_bytes = part_bytes_for(source.size)
             # One is being read, and one waits, besides those on their way.
-            with _memory.take((_PARTS + 2) * part_bytes), _explained(key):
+            with memory.bound.take((_PARTS + 2) * part_bytes), _explained(key):
                 answer = obstore.put(
                     self._client,
                     key,
@@ -114,7 +87,7 @@ class ObjectStorage:
         key = self._key(path)
         if key is None:
             return False
-        with _memory.take(tail.size):
+        with memory.bound.take(tail.size):
             return self._copier.append(key, tail, etag)
 
     def stat(self, path: str) -> Stat | None:

@@ -23,7 +23,7 @@ class Stat(NamedTuple):
     Attributes:
         size: In bytes.
         etag: What changes with the content, if it tells such a thing; on S3 the object's ETag,
-            without its quotes.
+            without its quotes, on others that know it the content's MD5.
     """
 
     size: int
@@ -46,7 +46,7 @@ class Storage(Protocol):
 
     @property
     def has_checksums(self) -> bool:
-        """Whether its ETags are those of S3, which :func:`.etag_matches` understands."""
+        """Whether its ETags are MD5s as those of S3, which :func:`.etag_matches` understands."""
 
     @property
     def append_from(self) -> int | None:
@@ -119,9 +119,9 @@ def storage_at(filesystem: Any, path: str, *, in_training: bool = False) -> Stor
 
         return faster(plain, filesystem, path)
     if isinstance(filesystem, fsspec.AbstractFileSystem):
-        from tune_sync_plugin.engine.fsspec_storage import FsspecStorage
+        from tune_sync_plugin.engine.fsspec_storage import fsspec_storage
 
-        return FsspecStorage(filesystem, path)
+        return fsspec_storage(filesystem, path)
     raise TypeError(
         f"storage_filesystem must be a pyarrow.fs.FileSystem or an fsspec file system, "
         f"not {type(filesystem).__name__}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +31,24 @@ _S3_CLIENT_OPTIONS = {
     "aws_session_token": "session_token",
     "endpoint_url": "endpoint_override",
     "region_name": "region",
+}
+
+# What fsspec's own messages don't always name.
+_LIBRARIES = {
+    **dict.fromkeys(("sftp", "ssh"), "sshfs"),
+    **dict.fromkeys(("webdav", "dav"), "webdav4"),
+    **dict.fromkeys(("abfs", "abfss", "az"), "adlfs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+}
+_PATIENCE_S = 10.0
+# Of clients that else wait for minutes for a server that does not answer, or only for five seconds.
+_SFTP = {"connect_timeout": _PATIENCE_S, "login_timeout": _PATIENCE_S}
+_WEBDAV = {"timeout": 60.0}
+_OPTIONS: dict[str, dict[str, float]] = {
+    "sftp": _SFTP,
+    "ssh": _SFTP,
+    "webdav": _WEBDAV,
+    "dav": _WEBDAV,
 }
 
 
@@ -60,16 +79,38 @@ def filesystem_at(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         if arrow_options is not None:
             return _arrow_s3(url, arrow_options)
     try:
-        return url_to_fs(url, **options)  # type: ignore[no-any-return]
+        filesystem, path = url_to_fs(url, **{**_OPTIONS.get(protocol, {}), **options})
+        _leave_retries_to_us(filesystem)
+        return filesystem, path
     except ImportError as error:
-        library = re.search(r"[Ii]nstall (\w+)", str(error))
-        hint = f"pip install {library[1]}" if library else "install what it needs"
+        named = re.search(r"[Ii]nstall (\w+)", str(error))
+        library = _LIBRARIES.get(protocol) or (named and named[1])
+        hint = f"pip install {library}" if library else "install what it needs"
         raise ImportError(
             f"{protocol}:// needs a library that is missing here ({error}): {hint}, on every node, "
             'or name it in the runtime_env: ray.init(runtime_env={"pip": [...]})'
         ) from error
     except TypeError as error:  # of the file system's constructor
         raise ValueError(f"storage_options of {protocol}://: {error}") from error
+
+
+def _leave_retries_to_us(filesystem: Any) -> None:
+    """Have a client report an error at once that it else hides for a minute or so.
+
+    The engine tries again by itself, and knows which errors are worth it; a preflight's ten seconds
+    would be over before the client says what is wrong. None of them has an option for it.
+    """
+    kind = type(filesystem)
+    if kind.__module__.startswith("adlfs"):
+        config = getattr(filesystem.service_client, "_config", None)
+        if policy := getattr(config, "retry_policy", None):
+            policy.total_retries = 0
+    elif kind.__module__.startswith("gcsfs"):
+        once = getattr(kind._request, "__wrapped__", None)
+        if once:
+            filesystem._request = MethodType(once, filesystem)
+    elif kind.__module__.startswith("webdav4"):
+        filesystem.client.with_retry = lambda call: call()
 
 
 def protocol_of(url: str) -> str:
