@@ -59,6 +59,9 @@ RETRYABLE = [
     OSError("AWS Error REQUEST_TIMEOUT during PutObject operation"),
     # Names of files that look like codes.
     OSError("When uploading key 'runs/403/HTTP status/AccessDenied.txt': AWS Error SLOW_DOWN"),
+    RuntimeError("The server is busy.\nErrorCode:ServerBusy"),
+    RuntimeError("Operation could not be completed in time.\nErrorCode:OperationTimedOut"),
+    OSError("WebDAV request of a: HTTP status 503 (received 503 (Service Unavailable))"),
     OSError("upload of NoSuchBucket/404 failed: Connection reset by peer"),
 ]
 
@@ -96,6 +99,13 @@ FATAL = [
     RuntimeError("An error occurred (NoSuchBucket) when calling the PutObject operation"),
     RuntimeError("An error occurred (ExpiredToken) when calling the PutObject operation"),
     RuntimeError("Unable to locate credentials"),
+    ImportError("az:// needs a library that is missing here"),
+    RuntimeError("Server failed to authenticate the request.\nErrorCode:AuthenticationFailed"),
+    RuntimeError("Failed to upload block: no\nErrorCode:AuthorizationPermissionMismatch\n!"),
+    RuntimeError("The specified container does not exist.\nErrorCode:ContainerNotFound"),
+    OSError("Forbidden: https://storage.googleapis.com/upload/storage/v1/b/bucket/o\nno"),
+    RuntimeError("a@b does not have storage.objects.create access to the object, 401"),
+    OSError("WebDAV request of a: HTTP status 401 (received 401 (Unauthorized))"),
 ]
 
 
@@ -159,6 +169,11 @@ class TestDescribe:
         assert "UploadPart" in described
         error.__cause__ = RuntimeError("something else")
         assert describe(error) == str(error)
+
+    def test_leaves_out_what_azure_says_twice(self) -> None:
+        text = "no such container\nRequestId:1-2\nTime:2026\nErrorCode:ContainerNotFound\nContent: "
+        described = describe(OSError(f"{text}<?xml version='1.0'?><Error>no</Error>"))
+        assert described == "no such container ErrorCode:ContainerNotFound"
 
     def test_is_one_line_of_bounded_length(self) -> None:
         assert describe(OSError("a\n  b\tc")) == "a b c"

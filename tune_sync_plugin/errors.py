@@ -91,7 +91,7 @@ def _text(error: BaseException) -> str:
 # Where the clients write S3's error code or the HTTP status, and where Python an errno.
 _CODE = re.compile(
     r"AWS Error (?:UNKNOWN \(HTTP status )?(\w+)|An error occurred \((\w+)\) when calling"
-    r"|HTTP (?:status|response code:) (\d{3})\b|\[(Errno \d+)\]"
+    r"|HTTP (?:status|response code:) (\d{3})\b|\[(Errno \d+)\]|\bErrorCode:(\w+)"
 )
 
 
@@ -122,6 +122,10 @@ _SECRETS = re.compile(
 )
 
 
+# What Azure's client says a second time, as XML, and what only Microsoft can look up.
+_NOISE = re.compile(r" (?:RequestId:\S+ Time:\S+|Content: <\?xml.*)")
+
+
 def redact(text: str) -> str:
     """A text with the credentials in its URLs blanked out."""
     return _SECRETS.sub(r"\1\2***", text)
@@ -129,5 +133,5 @@ def redact(text: str) -> str:
 
 def describe(error: BaseException) -> str:
     """One line about an error, with credentials in URLs blanked out."""
-    text = " ".join(_text(error).split()) or type(error).__name__
+    text = _NOISE.sub("", " ".join(_text(error).split())) or type(error).__name__
     return redact(text)[:500]

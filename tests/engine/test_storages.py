@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
+import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +23,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs as arrow
 
 from tests.engine.fakes import Counting, tree
-from tests.engine.places import KINDS, Place, place_of
+from tests.engine.places import KINDS, URL_KINDS, Place, at_url, place_of
 from tests.engine.support import Disk, entry_of, fill, put, sync_dir
 from tests.support import s3_server
+from tests.support.proxy import Proxy
 from tests.support.s3_server import S3Server
+from tests.support.servers import Azurite, FakeGcs, WebDav
 from tune_sync_plugin.engine.arrow_storage import ArrowStorage
 from tune_sync_plugin.engine.checksum import checksum_of, etag_matches
 from tune_sync_plugin.engine.object_storage import ObjectStorage
@@ -460,3 +465,123 @@ def test_wrong_credentials_fail_at_once_without_showing_them(
 def test_s3_server_is_there_in_ci() -> None:
     if os.environ.get("CI") and (reason := s3_server.available()):
         pytest.fail(reason)
+
+
+# -- by their URLs: what SyncConfig(upload_dir=...) opens ----------------------------------------
+
+
+@pytest.fixture(params=URL_KINDS)
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return place_of(request.param, tmp_path, request.getfixturevalue)
+
+
+@pytest.mark.parametrize("size", [1000, 2 * MB], ids=["small", "2 MB"])
+def test_a_log_that_grows_is_there_after_each_sync(
+    remote: Place, root: Path, manifest: Path, size: int
+) -> None:
+    log = os.urandom(size)
+    for more in (b"", b"one\n", b"two\n" * 9, b"three\n"):
+        log += more
+        with (root / "log").open("ab") as file:
+            file.write(more or log)
+        counting = Counting(remote.storage)
+        assert sync_dir(root, counting, manifest).complete
+        assert remote.contents() == {"log": log}
+        appends = more and size >= (remote.storage.append_from or size + 1)
+        assert ("append" in counting.kinds()) == bool(appends)
+        assert ("write" in counting.kinds()) != bool(appends)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    # Azurite takes a minute for these.
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "url azure")) for kind in URL_KINDS],
+)
+def test_ten_thousand_files_are_listed(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    remote = place_of(kind, tmp_path, request.getfixturevalue)
+    assert remote.holding
+    files = {f"d{number % 7}/e/{number:05}": b"%d" % number for number in range(10_000)}
+    storage = remote.holding(files)
+    assert storage.files() == {path: len(content) for path, content in files.items()}
+
+
+_SENDER = """
+import json, resource, sys
+from pathlib import Path
+from tests.engine.places import at_url
+from tests.engine.support import put
+from tune_sync_plugin.engine.source import Memory
+url, options, big = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
+storage = at_url(url, options)
+storage.write("small", Memory(b"1"), "run")  # what is imported and connected for any file
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+put(storage, big)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_a_big_file_takes_little_memory(remote: Place, root: Path) -> None:
+    big = root / "big"
+    with big.open("wb") as file:
+        file.truncate(192 * MB)
+    command = [sys.executable, "-c", _SENDER, remote.url, json.dumps(remote.options), str(big)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = remote.storage.stat("big")
+    assert found
+    assert found.size == 192 * MB
+    assert int(done.stdout) < 90, f"{done.stdout} MB"
+    remote.storage.remove("big")
+
+
+# -- a server that fails, which a proxy in front of it makes it do -------------------------------
+
+
+@pytest.fixture(params=["azure", "gcs", "webdav"])
+def failing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Place, Proxy]]:
+    """A place behind a proxy; ``contents`` goes around that."""
+    place = place_of(f"url {request.param}", tmp_path, request.getfixturevalue)
+    names = {"azure": "azurite", "gcs": "fake_gcs", "webdav": "webdav"}
+    server = request.getfixturevalue(names[request.param])
+    with Proxy.start(server.host, server.port) as proxy:
+        place.storage = at_url(place.url, server.options(proxy.port))
+        yield place, proxy
+
+
+SOME = {f"d{number % 3}/f{number}": b"%d" % number for number in range(12)} | {"big": b"b" * 9 * MB}
+
+
+def test_an_outage_of_a_second_costs_no_file(
+    failing: tuple[Place, Proxy], root: Path, manifest: Path
+) -> None:
+    place, proxy = failing
+    fill(root, SOME)
+    proxy.add_rule("", "status:500", times=9)
+    report = sync_dir(root, place.storage, manifest, timeout_s=90)
+    assert report.failures == ()
+    assert place.contents() == SOME
+    assert len([record for record in proxy.stats().records if record.action]) == 9
+
+
+def test_a_file_that_is_refused_is_named_and_the_others_arrive(
+    failing: tuple[Place, Proxy], root: Path, manifest: Path
+) -> None:
+    place, proxy = failing
+    fill(root, SOME)
+    # WebDAV's is first put under another name, and then moved: the rule hits both.
+    proxy.add_rule(r"d2/(f5|\.tune_sync-\w+\.part)(\?|$)|name=\S*d2/f5|d2%2Ff5", "status:403")
+    report = sync_dir(root, place.storage, manifest, timeout_s=60)
+    refused = {path for path in SOME if path == "d2/f5" or place.storage.has_directories}
+    refused = {path for path in refused if path.startswith("d2/")}
+    assert {failure.path for failure in report.failures} == refused
+    assert all(failure.path in failure.message for failure in report.failures)
+    assert place.contents() == {path: SOME[path] for path in SOME if path not in refused}
+    assert report.duration_s < 45, "nothing is tried for long that is refused for good"
+
+
+def test_the_servers_are_there_in_ci() -> None:
+    if os.environ.get("CI"):
+        for server in (Azurite, FakeGcs, WebDav):
+            assert server.available() is None

@@ -65,6 +65,9 @@ _MD5: tuple[tuple[set[str], Callable[[Mapping[str, Any]], str | None]], ...] = (
 )
 # Have the client compare the MD5 that it gets for an answer, also of what goes in parts.
 _SENDING = ((_GCS, {"consistency": "md5"}),)
+# All that gcsfs says of a bucket that is not there is where it wanted to put the object.
+_NO_BUCKET = re.compile(r"/storage/v1/b/([^/\s]+)/o(?:\?name=\S*)?$")
+_NO_BUCKET_TEXT = "The specified bucket does not exist: {}"
 
 
 def fsspec_storage(filesystem: Any, root: str) -> Storage:
@@ -104,7 +107,12 @@ class FsspecStorage:
                 raise ValueError(f"{why}; rename the file")
         final = self._at(path)
         if not self.has_directories:
-            self._send(final, source)
+            try:
+                self._send(final, source)
+            except FileNotFoundError as error:
+                if gone := _NO_BUCKET.search(str(error)):
+                    raise FileNotFoundError(_NO_BUCKET_TEXT.format(gone[1])) from None
+                raise
             return None
         partial = self._at(partial_path(path, run_id))
         self._make_directory(posixpath.dirname(path))

@@ -57,7 +57,8 @@ def filesystem_at(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 
     Args:
         url: Of any protocol that fsspec knows, or a path. One of S3 may have pyarrow's query, as in
-            ``s3://bucket/dir?region=eu-west-1``.
+            ``s3://bucket/dir?region=eu-west-1``. Of WebDAV it is the path below the option
+            ``base_url``, as in ``webdav://dir``.
         options: fsspec's ``storage_options`` of that protocol.
 
     Returns:
@@ -83,7 +84,7 @@ def filesystem_at(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         _leave_retries_to_us(filesystem)
         return filesystem, path
     except ImportError as error:
-        named = re.search(r"[Ii]nstall (\w+)", str(error))
+        named = re.search(r"""(?:[Ii]nstall|requires) "?(\w+)""", str(error))
         library = _LIBRARIES.get(protocol) or (named and named[1])
         hint = f"pip install {library}" if library else "install what it needs"
         raise ImportError(
@@ -132,7 +133,9 @@ def below(url: str, name: str) -> str:
         's3://bucket/a/exp?region=eu-west-1'
     """
     path, question, query = url.partition("?")
-    return f"{path.rstrip('/')}/{name}{question}{query}"
+    if not path.endswith(("://", ":///")):
+        path = f"{path.rstrip('/')}/"
+    return f"{path}{name}{question}{query}"
 
 
 def without_secrets(url: str) -> str:
