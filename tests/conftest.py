@@ -60,12 +60,6 @@ def fake_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGcs]:
 
 
 @pytest.fixture(scope="session")
-def fake_gcs_of_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGcs]:
-    directory = tmp_path_factory.mktemp("gcs-files")
-    yield from _served(lambda: FakeGcs(directory, in_directory=True), FakeGcs.available())
-
-
-@pytest.fixture(scope="session")
 def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SftpServer]:
     with SftpServer(tmp_path_factory.mktemp("sftp")) as running:
         yield running

@@ -42,6 +42,8 @@ _FATAL_ERRNOS = {
     errno.ENOTSUP,
 }
 
+_FATAL_STATUSES = {400, 401, 403, 404, 405, 501}
+
 # pyarrow and the S3 clients raise bare OSErrors whose text is all there is to go by. The text also
 # holds the object's key, so each alternative is a phrase that clients write around such a code.
 _FATAL_TEXT = re.compile(
@@ -78,7 +80,9 @@ def is_retryable(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError) and error.errno in _FATAL_ERRNOS:
         return False
-    return not _FATAL_TEXT.search(_text(error))
+    # Azure's client notes the HTTP status; fsspec's makes a RuntimeError of what that raises.
+    statuses = {getattr(each, "status_code", None) for each in (error, error.__cause__)}
+    return not statuses & _FATAL_STATUSES and not _FATAL_TEXT.search(_text(error))
 
 
 def _text(error: BaseException) -> str:

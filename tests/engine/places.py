@@ -216,10 +216,8 @@ def _url_gcs(tmp_path: Path, prefix: str, fixture: Fixture) -> Place:
     url, options = server.url(prefix), server.options()
 
     def holding(files: Mapping[str, bytes]) -> Storage:
-        other: FakeGcs = fixture("fake_gcs_of_files")
-        assert other.served
-        fill(other.served / other.bucket / prefix, dict(files))
-        return at_url(url, other.options())
+        server.add(prefix, files)
+        return at_url(url, options)
 
     return _by_url(FsspecStorage, url, options, lambda: server.contents(prefix), holding)
 
