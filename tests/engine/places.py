@@ -7,6 +7,7 @@ has to do is in ``test_storages.py``.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -177,7 +178,11 @@ def at_url(url: str, options: Mapping[str, Any]) -> Storage:
 def _in_directory(served: Path, prefix: str, client: Callable[[], Storage]) -> Any:
     def holding(files: Mapping[str, bytes]) -> Storage:
         fill(served / prefix, dict(files))
-        return client()
+        storage = client()
+        deadline = time.monotonic() + 10
+        while not storage.stat(next(iter(files))):  # rclone looks once a second
+            assert time.monotonic() < deadline
+        return storage
 
     return holding
 

@@ -530,13 +530,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_a_big_file_takes_little_memory(remote: Place, root: Path) -> None:
     big = root / "big"
     with big.open("wb") as file:
-        file.truncate(192 * MB)
+        file.truncate(128 * MB)
     command = [sys.executable, "-c", _SENDER, remote.url, json.dumps(remote.options), str(big)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = remote.storage.stat("big")
     assert found
-    assert found.size == 192 * MB
+    assert found.size == 128 * MB
     assert int(done.stdout) < 90, f"{done.stdout} MB"
     remote.storage.remove("big")
 

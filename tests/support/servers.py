@@ -219,8 +219,9 @@ class WebDav(_Server):
         return [
             *(_find("rclone") or "rclone", "serve", "webdav", "--addr", f"{HOST}:{self.port}"),
             *("--user", self.user, "--pass", self.password, "--config", "/dev/null"),
-            # Or else it doesn't see for five minutes what tests put there.
-            *("--dir-cache-time", "0s", str(self.served)),
+            # Or else it doesn't see for five minutes what tests put there; with none it lists a
+            # directory anew for each file in it.
+            *("--dir-cache-time", "1s", str(self.served)),
         ]
 
     def _prepare(self) -> None:
