@@ -114,6 +114,19 @@ def test_an_option_that_does_not_exist_is_named() -> None:
         filesystem_at("webdav://a", {"base_url": "http://nowhere.invalid", "nonesuch": 1})
 
 
+def test_an_option_s_value_is_not_shown() -> None:
+    auth = {"tune": "SECRET"}  # which httpx does not take, and quotes
+    with pytest.raises(ValueError, match="auth") as caught:
+        filesystem_at("webdav://a", {"base_url": "http://nowhere.invalid", "auth": auth})
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_options_may_come_from_json() -> None:
+    options = {"base_url": "http://nowhere.invalid", "auth": ["tune", "secret"]}
+    assert filesystem_at("webdav://a", options)[1] == "a"
+
+
 @pytest.mark.parametrize(
     ("protocol", "module", "library"),
     [

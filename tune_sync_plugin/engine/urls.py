@@ -80,7 +80,7 @@ def filesystem_at(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         if arrow_options is not None:
             return _arrow_s3(url, arrow_options)
     try:
-        filesystem, path = url_to_fs(url, **{**_OPTIONS.get(protocol, {}), **options})
+        filesystem, path = url_to_fs(url, **_OPTIONS.get(protocol, {}) | _completed(options))
         _leave_retries_to_us(filesystem)
         return filesystem, path
     except ImportError as error:
@@ -92,7 +92,26 @@ def filesystem_at(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
             'or name it in the runtime_env: ray.init(runtime_env={"pip": [...]})'
         ) from error
     except TypeError as error:  # of the file system's constructor
-        raise ValueError(f"storage_options of {protocol}://: {error}") from error
+        said = _without_values(str(error), options)
+        raise ValueError(f"storage_options of {protocol}://: {said}") from None
+    except ValueError as error:
+        raise ValueError(_without_values(str(error), options)) from None
+
+
+def _completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    auth = options.get("auth")  # from JSON, as in FSSPEC_WEBDAV, where there are no tuples
+    return {**options, **({"auth": tuple(auth)} if isinstance(auth, list) else {})}
+
+
+def _without_values(text: str, options: Any) -> str:
+    """An error about options may show them, and they may be secrets."""
+    if isinstance(options, Mapping):
+        options = options.values()
+    elif not isinstance(options, list | tuple):
+        return text.replace(options, "***") if isinstance(options, str) and options else text
+    for option in options:
+        text = _without_values(text, option)
+    return text
 
 
 def _leave_retries_to_us(filesystem: Any) -> None:
