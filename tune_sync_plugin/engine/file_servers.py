@@ -11,6 +11,7 @@ import io
 import posixpath
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -146,6 +147,14 @@ class WebDavStorage(FsspecStorage):
         self._client.upload_fileobj(
             _Reader(source.chunks()), target, overwrite=True, size=source.size
         )
+
+    def discard_partial(self, path: str, run_id: str) -> None:
+        # Of an upload that broke off, a server may make a file when it notices, a moment later.
+        for _ in range(6):
+            with contextlib.suppress(Exception):
+                self._fs.rm_file(self._at(partial_path(path, run_id)))
+                return
+            time.sleep(0.25)
 
     def _rename(self, old: str, new: str) -> None:
         # Overwriting it would remove a directory with all that is in it.
