@@ -88,6 +88,14 @@ class Calls:
         call["result"] = self.fail(call["node"], arguments[0]) or function(*arguments, self.run)
         call["done"] = True
 
+    def names(self) -> list[str]:
+        """What those that are under way are about."""
+        return sorted(call["do"][1][0] for call in self.pending)
+
+    def end_one(self, name: str) -> None:
+        """Let the one of that name end."""
+        self.end(next(n for n, call in enumerate(self.pending) if call["do"][1][0] == name))
+
     def is_ready(self, call: Any) -> bool:
         return bool(call["done"])
 

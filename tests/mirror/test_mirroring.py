@@ -38,11 +38,24 @@ def test_a_state_waits_for_its_checkpoints(world: World) -> None:
     world.mirroring.pin(world.experiment.checkpoint("t1"))
     world.experiment.write_state()
     world.step()
-    assert len(world.calls.pending) == 1
+    assert world.calls.names() == ["t1", "t1/checkpoint_000000"]
+    world.calls.end_one("t1")
+    world.step()
+    assert world.calls.names() == ["t1/checkpoint_000000"]
     assert world.state() is None
-    world.calls.end()
     world.settle()
     assert world.named() == {"t1/checkpoint_000000"}
+
+
+def test_a_state_waits_for_the_first_files_of_its_trials(world: World) -> None:
+    world.experiment.write_artifact("t1", "result.json", b"{}")
+    world.experiment.write_state()
+    world.step()
+    assert world.calls.names() == ["t1"]
+    assert world.state() is None
+    world.settle()
+    assert world.state() is not None
+    assert (world.mirror / "t1" / "result.json").exists()
 
 
 def test_a_checkpoint_that_tune_deletes_meanwhile_arrives_and_goes_again(world: World) -> None:
@@ -51,9 +64,10 @@ def test_a_checkpoint_that_tune_deletes_meanwhile_arrives_and_goes_again(world: 
     world.step()
     for _ in range(3):  # faster than the link
         world.mirroring.pin(world.experiment.checkpoint("t1"))
-    world.calls.end()  # the first checkpoint, which is no longer where it was
+    world.calls.end_one("t1")
+    world.calls.end_one("t1/checkpoint_000000")  # which is no longer where it was
     world.step()
-    world.calls.end()  # the state
+    world.calls.end_one("state")
     world.step()
     assert world.named() == {"t1/checkpoint_000000"}
     world.assert_sound()

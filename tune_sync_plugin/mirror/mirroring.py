@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from tune_sync_plugin.engine.index import OUR_DIRECTORY
 from tune_sync_plugin.mirror import tasks
 from tune_sync_plugin.mirror.ledger import Ledger
 from tune_sync_plugin.mirror.pins import Pins
 from tune_sync_plugin.mirror.spread import Spread, Task
-from tune_sync_plugin.mirror.state import State, current_version, take
+from tune_sync_plugin.mirror.state import State, current_version, take, trials_in
 from tune_sync_plugin.report import FileFailure, MirrorReport, SyncReport
 
 _STATE = "state"
@@ -80,6 +79,8 @@ class Mirroring:
         # Trials whose files have changed, and when each was begun the last time.
         self._changed: set[str] = set()
         self._begun: dict[str, float] = {}
+        # Those of which there has been a sync, if only one that failed.
+        self._seen: set[str] = set()
         # The state that is on its way, that has arrived, and that could not be taken.
         self._pending: State | None = None
         self._arrived: State | None = None
@@ -150,11 +151,7 @@ class Mirroring:
                 noted.clear()
             self._passed_over = None
             self._look_again = -math.inf
-            self._changed.update(
-                entry.name
-                for entry in os.scandir(self._experiment)
-                if entry.is_dir() and entry.name != OUR_DIRECTORY
-            )
+            self._changed.update(trials_in(self._experiment))
 
     @property
     def is_finished(self) -> bool:
@@ -235,6 +232,8 @@ class Mirroring:
         gone = [n for n in state.checkpoints if not self._ledger.has(n) and not self._pins.pin(n)]
         if not gone:
             self._pending, self._fresh = state, False
+            # Ray looks for the results of each trial that a state tells of.
+            self._changed |= state.trials - self._seen
             self._begun[_STATE] = self._clock()
             return
         self._passed_over = state.version
@@ -263,7 +262,8 @@ class Mirroring:
     def _send_state(self) -> None:
         if self._pending is None or self._spread.has(_STATE) or not self._may_begin(_STATE):
             return
-        if all(map(self._ledger.has, self._pending.checkpoints)):
+        arrived = all(map(self._ledger.has, self._pending.checkpoints))
+        if arrived and self._pending.trials <= self._seen:
             self._submit(_STATE, tasks.mirror_state, self._copy, first=True)
 
     def _remove_checkpoints(self) -> None:
@@ -318,6 +318,8 @@ class Mirroring:
 
     def _take(self, task: Task, report: SyncReport) -> None:
         name = task.name
+        if task.function is _TRIAL:
+            self._seen.add(name)
         self._report.files_uploaded += report.files_uploaded
         self._report.bytes_uploaded += report.bytes_uploaded
         failed = report.failures or (report.deferred if task.function is not _TRIAL else ())

@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tune_sync_plugin.engine.index import OUR_DIRECTORY
+
 STATE_FILES = "experiment_state-*.json"
 _STATE = re.compile(r"experiment_state-.*\.json")
 # The paths of checkpoints, in whatever Ray wraps them: plain, or pickled and in hexadecimal.
@@ -28,10 +30,12 @@ class State:
     Attributes:
         version: Tells it from others.
         checkpoints: Those it names, as ``<trial directory>/<checkpoint directory>``.
+        trials: The directories that there were beside it.
     """
 
     version: str
     checkpoints: frozenset[str]
+    trials: frozenset[str] = frozenset()
 
 
 def current_version(experiment: str) -> str | None:
@@ -49,13 +53,21 @@ def take(experiment: str, copy: str) -> State | None:
     if version is None:
         return None
     os.makedirs(copy, exist_ok=True)
+    trials = frozenset(trials_in(experiment))
     for entry in os.scandir(experiment):
         if entry.is_file() and not entry.name.startswith("."):
             with contextlib.suppress(FileNotFoundError):
                 _copy(entry, os.path.join(copy, entry.name))
     newest = max(filter(_STATE.fullmatch, os.listdir(copy)))
     with open(os.path.join(copy, newest), "rb") as file:
-        return State(version, frozenset(checkpoints_in(file.read())))
+        return State(version, frozenset(checkpoints_in(file.read())), trials)
+
+
+def trials_in(experiment: str) -> Iterator[str]:
+    """The names of the trials' directories, and of what else there is besides ours."""
+    for entry in os.scandir(experiment):
+        if entry.is_dir() and entry.name != OUR_DIRECTORY:
+            yield entry.name
 
 
 def _copy(entry: os.DirEntry[str], to: str) -> None:
