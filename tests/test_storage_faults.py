@@ -99,16 +99,26 @@ def right(written: dict[str, bytes], stored: dict[str, bytes]) -> int:
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize(
     ("fault", "fraction"),
-    [
-        ("status:503", 0.3),
-        ("status:500", 0.3),
-        ("reset", 0.3),
-        ("lose", 0.2),
-        # pyarrow hangs up after 3 s and asks again, the others wait.
-        pytest.param("delay:10", 0.1, marks=pytest.mark.slow),
-    ],
+    [("status:503", 0.3), ("status:500", 0.3), ("reset", 0.3), ("lose", 0.2)],
 )
 def test_everything_arrives_though_requests_fail(
+    bench: Callable[..., Bench],
+    figure: Callable[..., None],
+    client: str,
+    fault: str,
+    fraction: float,
+) -> None:
+    _all_arrive_though(bench, figure, client, fault, fraction)
+
+
+@pytest.mark.slow
+def test_everything_arrives_though_answers_are_slow(
+    bench: Callable[..., Bench], figure: Callable[..., None]
+) -> None:
+    _all_arrive_though(bench, figure, "obstore", "delay:10", 0.1)
+
+
+def _all_arrive_though(
     bench: Callable[..., Bench],
     figure: Callable[..., None],
     client: str,
@@ -145,8 +155,15 @@ def test_everything_arrives_though_requests_fail(
     assert place.sync().files_uploaded == place.stats().requests == 0
 
 
-@pytest.mark.parametrize("client", CLIENTS)
-@pytest.mark.parametrize("outage_s", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("client", "outage_s"),
+    [
+        ("obstore", 6),
+        pytest.param("obstore", 60, marks=pytest.mark.slow),
+        pytest.param("pyarrow", 6, marks=pytest.mark.slow),
+        ("s3fs", 6),
+    ],
+)
 def test_everything_arrives_after_an_outage(
     bench: Callable[..., Bench], figure: Callable[..., None], client: str, outage_s: float
 ) -> None:

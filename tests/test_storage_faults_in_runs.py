@@ -266,12 +266,11 @@ def fit_past_the_break(
 
 
 @pytest.mark.usefixtures("snapshots")
-@pytest.mark.parametrize("client", ["pyarrow", "s3fs"])
 @pytest.mark.parametrize(
-    ("answer", "methods", "cause"),
+    ("client", "answer", "methods", "cause"),
     [
-        ("status:403", WRITES, r"ACCESS_DENIED|AccessDenied"),
-        ("status:404:NoSuchBucket", EVERYTHING, r"NO_SUCH_BUCKET|NoSuchBucket"),
+        ("pyarrow", "status:403", WRITES, r"ACCESS_DENIED|AccessDenied"),
+        ("s3fs", "status:404:NoSuchBucket", EVERYTHING, r"NO_SUCH_BUCKET|NoSuchBucket"),
     ],
     ids=["403", "NoSuchBucket"],
 )
