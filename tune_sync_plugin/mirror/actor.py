@@ -27,7 +27,7 @@ from tune_sync_plugin.report import EXPERIMENT, FileFailure, MirrorReport
 
 logger = logging.getLogger(__name__)
 
-_STEP_S = 0.05
+_STEP_S = 0.1
 # So often the driver asks what has been done.
 _ASK_S = 5.0
 # What the driver waits longer than the actor, to be told.
