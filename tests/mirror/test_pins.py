@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_pin_outlives_the_checkpoint_and_costs_no_copy(experiment: Path) -> No
     assert Pins(str(experiment)).names() == pins.names() == {NAME}
     pins.release(NAME)
     assert pins.names() == Pins(str(experiment)).names() == set()
-    assert not (experiment / ".tune_sync" / "pins" / "trial").exists()
+    assert not (experiment / ".tune_sync" / "pins").exists()
 
 
 def test_what_is_gone_is_not_pinned(experiment: Path) -> None:
@@ -94,3 +95,20 @@ def test_without_hard_links_it_stays_where_it_is(
     assert not (experiment / ".tune_sync" / "pins" / NAME).exists()
     pins.release(NAME)
     assert (experiment / NAME / "model.bin").exists()
+
+
+def test_several_threads_pin_the_same(experiment: Path) -> None:
+    pins = Pins(str(experiment))
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda _: pins.pin(NAME), range(32)))
+    assert pins.path(NAME) != NAME
+    assert contents(experiment / pins.path(NAME)) == contents(experiment / NAME)
+    assert [path.name for path in (experiment / ".tune_sync" / "pins").iterdir()] == ["trial"]
+
+
+def test_half_a_pin_of_a_killed_process_goes(experiment: Path) -> None:
+    half = experiment / ".tune_sync" / "pins" / ".1a2b.part"
+    half.mkdir(parents=True)
+    (half / "model.bin").touch()
+    assert Pins(str(experiment)).names() == set()
+    assert not half.exists()

@@ -322,7 +322,9 @@ class Mirroring:
             self._seen.add(name)
         self._report.files_uploaded += report.files_uploaded
         self._report.bytes_uploaded += report.bytes_uploaded
-        failed = report.failures or (report.deferred if task.function is not _TRIAL else ())
+        # What was being written to comes again, unless this is the end.
+        again = task.function is _TRIAL and not self._finishing
+        failed = report.failures or (() if again else report.deferred)
         if not failed:
             self._failures.pop(name, None)
             self._tries.pop(name, None)

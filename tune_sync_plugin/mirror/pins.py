@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 
 from tune_sync_plugin.engine.index import OUR_DIRECTORY
@@ -40,9 +41,12 @@ class Pins:
         """What an earlier process of this run, or an earlier run, has left."""
         with contextlib.suppress(FileNotFoundError):
             for trial in os.listdir(self._root):
-                for name in os.listdir(os.path.join(self._root, trial)):
-                    if not name.startswith("."):
-                        yield f"{trial}/{name}"
+                path = os.path.join(self._root, trial)
+                if trial.startswith("."):  # half of one
+                    shutil.rmtree(path, ignore_errors=True)
+                    continue
+                for name in os.listdir(path):
+                    yield f"{trial}/{name}"
 
     def names(self) -> set[str]:
         """All that are pinned."""
@@ -62,9 +66,8 @@ class Pins:
         if name in self._names:
             return True
         source = os.path.join(self._experiment, name)
-        trial, _, checkpoint = final.rpartition("/")
-        partial = os.path.join(trial, f".{checkpoint}.part")
-        shutil.rmtree(partial, ignore_errors=True)
+        # Its own, since another thread may be about to pin the same.
+        partial = os.path.join(self._root, f".{uuid.uuid4().hex}.part")
         try:
             suspicious = self._link(source, partial)
             if suspicious:
@@ -78,10 +81,11 @@ class Pins:
             self._names.add(name)
             return True
         if whole:
-            os.rename(partial, final)
+            os.makedirs(os.path.dirname(final), exist_ok=True)
+            with contextlib.suppress(OSError):  # there is one already
+                os.rename(partial, final)
             self._names.add(name)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         return whole
 
     @staticmethod
@@ -108,8 +112,9 @@ class Pins:
         self._names.discard(name)
         path = os.path.join(self._root, name)
         shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the last one of its trial's
+        with contextlib.suppress(OSError):  # the last one of its trial's, or of all
             os.rmdir(os.path.dirname(path))
+            os.rmdir(self._root)
 
 
 def _files(directory: str) -> Iterator[str]:
