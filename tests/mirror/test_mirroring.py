@@ -104,12 +104,47 @@ def test_keep_up_all_sends_every_one(tmp_path: Path) -> None:
     world = World(tmp_path, all_checkpoints=True)
     for _ in range(8):
         world.mirroring.pin(world.experiment.checkpoint("t1"))
-    world.experiment.write_state()
+        world.experiment.write_state()
+        world.step()
     world.finish()
     report = world.mirroring.report()
     assert (report.checkpoints_uploaded, report.checkpoints_skipped) == (8, 0)
     assert report.checkpoints_deleted == 6
     assert world.checkpoints() == set(world.experiment.named())
+
+
+def test_what_no_state_names_yet_stays(tmp_path: Path) -> None:
+    world = World(tmp_path, all_checkpoints=True)
+    world.mirroring.pin(world.experiment.checkpoint("t1"))
+    world.experiment.write_state()
+    world.settle()
+    world.mirroring.pin(world.experiment.checkpoint("t1"))
+    world.settle()
+    world.settle()
+    assert world.named() == {"t1/checkpoint_000000"}
+    assert world.checkpoints() == {"t1/checkpoint_000000", "t1/checkpoint_000001"}
+
+
+def test_what_the_last_state_names_stays_though_tune_has_deleted_it(tmp_path: Path) -> None:
+    world = World(tmp_path, num_to_keep=1)
+    world.mirroring.pin(world.experiment.checkpoint("t1"))
+    world.experiment.write_state()
+    world.settle()
+    world.mirroring.pin(world.experiment.checkpoint("t1"))
+    world.settle()
+    world.settle()
+    assert world.named() == {"t1/checkpoint_000000"}
+    world.assert_sound()
+
+
+def test_the_file_that_names_checkpoints_goes_last(world: World) -> None:
+    in_the_way = world.mirror / "tuner.pkl" / "x"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    world.experiment.write_state()
+    world.settle()
+    assert world.state() is None
+    assert "tuner.pkl" in str(world.mirroring.report().failures)
 
 
 def test_what_others_put_there_stays(world: World) -> None:
