@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -253,7 +254,11 @@ _URLS = {
     "url sftp": _url_sftp,
     "url webdav": _url_webdav,
 }
-URL_KINDS = list(_URLS)
+# Servers that take minutes for the whole contract.
+_SLOW = ("url azure", "url gcs", "url sftp", "url webdav")
+URL_KINDS = [
+    pytest.param(kind, marks=[pytest.mark.slow] if kind in _SLOW else []) for kind in _URLS
+]
 
 KINDS = [
     *("arrow local", "arrow subtree", "arrow around fsspec local", "fsspec dir"),
