@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pytest
 from ray import tune
 
 from tests.support.cluster import LocalCluster
-from tests.support.s3_server import REGION
+from tests.support.proxy import Proxy
+from tests.support.s3_server import REGION, S3Server
 from tests.support.scenarios import Link
 from tune_sync_plugin import SyncCallback, SyncConfig, SyncError
 from tune_sync_plugin.mirror.state import checkpoints_in, take
@@ -154,9 +155,20 @@ def test_the_mirror_holds_what_the_storage_path_does(storage: Path, link: Link) 
     assert callback.report.mirror.checkpoints_deleted <= 3
 
 
+@pytest.fixture
+def own_link(tmp_path: Path) -> Iterator[Link]:
+    """A server with keys that no other test has left anywhere."""
+    with (
+        S3Server.start(tmp_path / "s3") as server,
+        Proxy.start(server.host, server.port) as proxy,
+    ):
+        yield Link(server, proxy)
+
+
 def test_neither_secret_is_anywhere(
-    storage: Path, link: Link, cluster: LocalCluster, capfd: pytest.CaptureFixture[str]
+    storage: Path, own_link: Link, cluster: LocalCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    link = own_link
     prefix = link.prefix()
     made, callback = tuner(storage, link, prefix, {"x": 1, "steps": 2})
     assert not made.fit().errors
