@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,15 +254,21 @@ _URLS = {
     "url sftp": _url_sftp,
     "url webdav": _url_webdav,
 }
-# Servers that take minutes for the whole contract.
-_SLOW = ("url azure", "url gcs", "url sftp", "url webdav")
-URL_KINDS = [
-    pytest.param(kind, marks=[pytest.mark.slow] if kind in _SLOW else []) for kind in _URLS
-]
+# Those that take minutes for the whole contract, or are by another way what another one is.
+_SLOW = {"arrow s3 with metadata", "url azure", "url gcs", "url s3", "url sftp", "url webdav"}
 
-KINDS = [
-    *("arrow local", "arrow subtree", "arrow around fsspec local", "fsspec dir"),
-    *("fsspec memory", "fsspec unknown", "arrow mock", "arrow unknown handler"),
-    *("arrow s3", "arrow s3 with metadata", "s3fs s3"),
-    *URL_KINDS,
-]
+
+def _marked(kinds: Iterable[str]) -> list[Any]:
+    return [pytest.param(k, marks=[pytest.mark.slow] if k in _SLOW else []) for k in kinds]
+
+
+URL_KINDS = _marked(_URLS)
+
+KINDS = _marked(
+    [
+        *("arrow local", "arrow subtree", "arrow around fsspec local", "fsspec dir"),
+        *("fsspec memory", "fsspec unknown", "arrow mock", "arrow unknown handler"),
+        *("arrow s3", "arrow s3 with metadata", "s3fs s3"),
+        *_URLS,
+    ]
+)
