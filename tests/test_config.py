@@ -51,6 +51,10 @@ class TestDefaults:
             "verify_content": False,
             "experiment_sync_period": None,
             "strict": False,
+            "upload_dir": None,
+            "storage_options": None,
+            "keep_up": "latest",
+            "preflight": True,
         }
 
     def test_it_is_a_ray_sync_config_with_ray_s_fields_first(self) -> None:
@@ -207,3 +211,40 @@ class TestValues:
 
     def test_a_list_and_a_tuple_of_globs_are_the_same(self) -> None:
         assert SyncConfig(include=["a", "b"]) == SyncConfig(include=("a", "b"))
+
+
+OPTIONS = {"key": "AKIA", "secret": "hush"}
+
+
+class TestUploadDir:
+    def test_options_are_never_pickled_nor_shown(self) -> None:
+        config = SyncConfig(upload_dir="s3://b/a", storage_options=OPTIONS)
+        assert b"hush" not in pickle.dumps(config)
+        assert "hush" not in repr(config)
+        again = pickle.loads(pickle.dumps(config))
+        assert (again.storage_options, again.missing_options) == (None, ("key", "secret"))
+        assert pickle.loads(pickle.dumps(again)).missing_options == ("key", "secret")
+        assert resolve(again).missing_options == ("key", "secret")
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, resolve])
+    def test_copies_in_this_process_keep_them(self, copied: Any) -> None:
+        config = SyncConfig(upload_dir="s3://b/a", storage_options=OPTIONS)
+        assert copied(config).storage_options == OPTIONS
+        assert copied(config).missing_options == ()
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"upload_dir": ""},
+            {"upload_dir": 1},
+            {"upload_dir": "s3://key:hush@b/a"},
+            {"storage_options": {"secret": "hush"}},
+            {"upload_dir": "s3://b", "storage_options": "hush"},
+            {"keep_up": "most"},
+            {"preflight": 1},
+        ],
+    )
+    def test_what_makes_no_sense_is_named_without_its_secrets(self, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="SyncConfig") as raised:
+            SyncConfig(**wrong)
+        assert "hush" not in str(raised.value)

@@ -96,10 +96,10 @@ class SyncConfig(tune.SyncConfig):
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     keep_up: Literal["latest", "all"] = "latest"
     preflight: bool = True
-    # Names of the options that were given, and are not here since this was unpickled.
-    missing_options: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # Names of the options that were given, and are not here since this was unpickled.
+        self.missing_options: tuple[str, ...] = ()
         self._seconds("sync_period", self.sync_period, positive=False)
         self._seconds("sync_timeout", self.sync_timeout, positive=True)
         if self.experiment_sync_period is not None:
