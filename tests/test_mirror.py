@@ -128,6 +128,7 @@ def test_the_mirror_alone_restores_the_experiment(
     )
 
 
+@pytest.mark.slow
 def test_the_mirror_holds_what_the_storage_path_does(storage: Path, link: Link) -> None:
     prefix = link.prefix()
     made, callback = tuner(storage, link, prefix, {"x": tune.grid_search([1, 2, 3]), "steps": 3})
@@ -188,6 +189,7 @@ def test_neither_secret_is_anywhere(
         assert link.s3.secret_key.encode() not in link.s3.get(key), key
 
 
+@pytest.mark.slow
 def test_a_restored_experiment_says_which_options_it_lacks(
     storage: Path, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:

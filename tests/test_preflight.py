@@ -153,6 +153,7 @@ def head(link: Link) -> Iterator[LocalCluster]:
         yield running
 
 
+@pytest.mark.slow
 def test_nodes_that_can_not_are_named_and_left_out(
     head: LocalCluster,
     storage: Path,

@@ -255,7 +255,10 @@ _URLS = {
     "url webdav": _url_webdav,
 }
 # Those that take minutes for the whole contract, or are by another way what another one is.
-_SLOW = {"arrow s3 with metadata", "url azure", "url gcs", "url s3", "url sftp", "url webdav"}
+_SLOW = {
+    *("arrow s3 with metadata", "s3fs s3"),
+    *("url azure", "url gcs", "url s3", "url sftp", "url webdav"),
+}
 
 
 def _marked(kinds: Iterable[str]) -> list[Any]:
