@@ -209,5 +209,5 @@ def test_two_hundred_trials(
         f"{worst_s * 1e3:.1f} ms; {in_hooks_s:.2f} s in all hooks",
     )
     # Of the same run, which is as slow as the machine: waiting for a sync here would be most of it.
-    assert in_hooks_s < 0.05 * run["wall_s"]
+    assert in_hooks_s < 0.1 * run["wall_s"]
     assert ours_bytes < 50e6
