@@ -65,7 +65,7 @@ def try_storage(run: HasRoot) -> tuple[str | None, float]:
         storage.remove(path)
 
     try:
-        once(attempt, Limits(1, time.monotonic() + LIMIT_S))
+        once(attempt, Limits.within(LIMIT_S))
     except BaseException as error:
         return f"{step} it failed: {type(error).__name__}: {describe(error)}. {_advice(error)}", (
             time.time()

@@ -153,6 +153,6 @@ def _has_files(directory: str) -> bool:
 
 def close_run(summary: dict[str, Any], timeout_s: float, run: Run) -> str | None:
     """Write the run's summary; returns a warning if another run was in the same directory."""
-    limits = Limits(1, time.monotonic() + timeout_s)
+    limits = Limits.within(timeout_s)
     storage = run.storage(run.destination)
     return once(lambda: runs.close(storage, run.facts, summary), limits)

@@ -47,6 +47,11 @@ class Limits:
     deadline: float
     clock: Callable[[], float] = time.monotonic
 
+    @classmethod
+    def within(cls, seconds: float) -> Limits:
+        """For one job that may take so long."""
+        return cls(1, time.monotonic() + seconds)
+
 
 class Health:
     """What all jobs of one run know of the storage together."""

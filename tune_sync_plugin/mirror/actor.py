@@ -54,7 +54,7 @@ class MirrorSettings:
 
 
 class _MirrorActor:
-    """Runs a :class:`.Mirroring`; ``call`` is for several threads at once."""
+    """Runs a :class:`.Mirroring` in a thread of its own, beside those that answer calls."""
 
     def __init__(self, run: MirrorRun, settings: MirrorSettings) -> None:
         here, node_id = this_node(run)
@@ -135,7 +135,6 @@ class Mirror:
     """
 
     def __init__(self, run: MirrorRun, settings: MirrorSettings, here: str) -> None:
-        self._timeout_s = settings.timeout_s
         self._last = MirrorReport(run.name)
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=32)(_MirrorActor)
         strategy = NodeAffinitySchedulingStrategy(here, soft=False)

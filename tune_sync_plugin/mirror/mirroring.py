@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from tune_sync_plugin.mirror import tasks
 from tune_sync_plugin.mirror.ledger import Ledger
-from tune_sync_plugin.mirror.pins import Pins
+from tune_sync_plugin.mirror.pins import Pins, files_in
 from tune_sync_plugin.mirror.spread import Spread, Task
 from tune_sync_plugin.mirror.state import State, current_version, take, trials_in
 from tune_sync_plugin.report import FileFailure, MirrorReport, SyncReport
@@ -255,8 +255,7 @@ class Mirroring:
             if self._ledger.has(name) or self._spread.has(name) or not self._may_begin(name):
                 continue
             source = self._pins.path(name)
-            files = _files(os.path.join(self._experiment, source))
-            self._ledger.begin(name, files)
+            self._ledger.begin(name, files_in(os.path.join(self._experiment, source)))
             self._submit(name, tasks.mirror_checkpoint, source, first=False)
 
     def _send_state(self) -> None:
@@ -368,11 +367,3 @@ class Mirroring:
 
 
 _TRIAL, _CHECKPOINT = tasks.mirror_trial, tasks.mirror_checkpoint
-
-
-def _files(directory: str) -> list[str]:
-    return [
-        os.path.relpath(os.path.join(parent, name), directory)
-        for parent, _, names in os.walk(directory)
-        for name in names
-    ]

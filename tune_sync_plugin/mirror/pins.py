@@ -72,7 +72,7 @@ class Pins:
             suspicious = self._link(source, partial)
             if suspicious:
                 self._sleep(_DELETION_S)
-            whole = sorted(_files(source)) == sorted(_files(partial))
+            whole = sorted(files_in(source, _raise)) == sorted(files_in(partial, _raise))
         except (FileNotFoundError, NotADirectoryError):
             whole = False
         except OSError:  # no hard links here
@@ -117,8 +117,9 @@ class Pins:
             os.rmdir(self._root)
 
 
-def _files(directory: str) -> Iterator[str]:
-    for parent, _, files in os.walk(directory, onerror=_raise):
+def files_in(directory: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[str]:
+    """The paths of all files below a directory, relative to it."""
+    for parent, _, files in os.walk(directory, onerror=onerror):
         for name in files:
             yield os.path.relpath(os.path.join(parent, name), directory)
 

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -140,13 +139,9 @@ def _read(path: str) -> str:
     return ""
 
 
-def _limits(timeout_s: float) -> Limits:
-    return Limits(1, time.monotonic() + timeout_s)
-
-
 def _put(run: MirrorRun, path: str, content: bytes, timeout_s: float) -> None:
     storage = run.storage()
-    once(lambda: storage.write(path, Memory(content), "mirror"), _limits(timeout_s))
+    once(lambda: storage.write(path, Memory(content), "mirror"), Limits.within(timeout_s))
 
 
 @_report
@@ -187,7 +182,7 @@ def remove_checkpoint(
     name: str, checkpoint: str, files: list[str], timeout_s: float, run: MirrorRun
 ) -> SyncReport:
     """Delete what we have put there of a checkpoint, and nothing else."""
-    storage, limits = run.storage(), _limits(timeout_s)
+    storage, limits = run.storage(), Limits.within(timeout_s)
     for path in files:
         once(lambda path=path: storage.remove(f"{checkpoint}/{path}"), limits)  # type: ignore[misc]
     return SyncReport()
