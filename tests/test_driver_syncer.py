@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -27,8 +29,10 @@ from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, SyncReport
 class Driver:
     """A DriverSyncer over a scripted executor, and the calls that Ray makes of it."""
 
-    def __init__(self, *, period_s: float = 300, timeout_s: float = 20) -> None:
+    def __init__(self, directory: Path, *, period_s: float = 300, timeout_s: float = 20) -> None:
         self.clock = FakeClock()
+        self.staging, self.copies = directory / "staging", directory / "copies"
+        self.staging.mkdir(exist_ok=True)
         self.executor = FakeExecutor(self.clock, "A", timeout_s=100)
         self.report = ExperimentReport()
         self.dispatcher = Dispatcher(
@@ -43,7 +47,7 @@ class Driver:
         self.dispatcher.set_places(EXPERIMENT, {"A": EXPERIMENT})
         self.rays_own = _FilesystemSyncer(pyarrow.fs.LocalFileSystem(), sync_period=7)
         self.syncer = DriverSyncer(
-            self.dispatcher, self.report, self.rays_own, timeout_s, self.clock
+            self.dispatcher, self.report, self.rays_own, str(self.copies), timeout_s, self.clock
         )
 
     @property
@@ -54,7 +58,7 @@ class Driver:
         """As ``sync_up_experiment_state`` does it, without its catching what ``wait`` raises."""
         if force:
             self.syncer.wait()
-        launched = self.syncer.sync_up("/staging", "bucket/experiment")
+        launched = self.syncer.sync_up(str(self.staging), "bucket/experiment")
         if wait:
             self.syncer.wait()
         return launched
@@ -65,19 +69,46 @@ class Driver:
         self.dispatcher.poll()
 
 
+def full(*args: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.fixture
-def driver() -> Driver:
-    return Driver()
+def driver(tmp_path: Path) -> Driver:
+    return Driver(tmp_path)
 
 
 class TestSnapshots:
+    def test_what_is_synced_is_the_state_as_it_was_then(self, driver: Driver) -> None:
+        state = driver.staging / "experiment_state-1.json"
+        state.write_text("{1}")
+        driver.snapshot()
+        state.write_text("{half of 2")
+        assert (driver.copies / state.name).read_text() == "{1}"
+        inode = (driver.copies / state.name).stat().st_ino
+        state.write_text("{2}")
+        driver.snapshot()
+        assert (driver.copies / state.name).read_text() == "{2}"
+        assert (driver.copies / state.name).stat().st_ino != inode, "whoever read it still does"
+
+    def test_a_state_that_cant_be_copied_is_sent_from_where_it_is(
+        self, driver: Driver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        state = driver.staging / "experiment_state-1.json"
+        state.write_text("{1}")
+        driver.snapshot()
+        monkeypatch.setattr(shutil, "copy2", full)
+        state.write_text("{22}")
+        assert driver.snapshot() is True
+        assert os.listdir(driver.copies) == [], "an older one would hide it"
+
     def test_the_first_starts_a_sync_within_the_call(self, driver: Driver) -> None:
         assert driver.snapshot() is True
         assert driver.times == [0]
         assert driver.executor.waits == []
 
-    def test_one_that_the_period_holds_back_counts_as_launched(self) -> None:
-        driver = Driver(period_s=10)
+    def test_one_that_the_period_holds_back_counts_as_launched(self, tmp_path: Path) -> None:
+        driver = Driver(tmp_path, period_s=10)
         for _ in range(25):
             assert driver.snapshot() is True  # False makes Ray warn of slow syncs
             driver.step_end()
@@ -308,8 +339,8 @@ class TestEverythingElse:
         with pytest.raises(AttributeError, match="no_such_thing"):
             driver.syncer.no_such_thing  # noqa: B018
 
-    def test_is_quick(self) -> None:
-        driver = Driver(period_s=0)
+    def test_is_quick(self, tmp_path: Path) -> None:
+        driver = Driver(tmp_path, period_s=0)
         driver.executor.default = Sync(takes=1e9)
         started = time.perf_counter()
         for _ in range(1000):

@@ -12,7 +12,7 @@ import pytest
 from ray import tune
 
 from tune_sync_plugin import tune_internals
-from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
+from tune_sync_plugin.directories import Run, SyncJob, prepare_driver_disk
 from tune_sync_plugin.engine.index import OUR_DIRECTORY
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.report import EXPERIMENT, SyncReport
@@ -105,7 +105,7 @@ def test_the_trial_directory_is_synced_where_the_driver_does_not(node: Node) -> 
 
 
 def test_on_the_drivers_disk_it_is_left_to_the_driver(node: Node) -> None:
-    mark_driver_disk(node.run, str(node.here.parent))
+    prepare_driver_disk(node.run, str(node.here.parent))
     node.write("working_dirs/t/a.txt", "1")
     node.write("driver_artifacts/t/b.txt", "1")
     assert node.sync().files_uploaded == 1
@@ -113,7 +113,7 @@ def test_on_the_drivers_disk_it_is_left_to_the_driver(node: Node) -> None:
 
 
 def test_what_the_driver_holds_is_not_overwritten(node: Node) -> None:
-    mark_driver_disk(node.run, str(node.here.parent))
+    prepare_driver_disk(node.run, str(node.here.parent))
     node.write("driver_artifacts/t/plot.png", "the driver's")
     for name in ("plot.png", "result.json", "mine.txt"):
         node.write(f"working_dirs/t/{name}", "the trial's")

@@ -113,15 +113,18 @@ def this_node(run: HasSession) -> tuple[str, str]:
     return here, ray.get_runtime_context().get_node_id()
 
 
-def mark_driver_disk(run: Run, session_dir: str) -> None:
+def prepare_driver_disk(run: Run, session_dir: str) -> str:
     """Leave a file by which a task can tell that its node's disk is the driver's.
 
-    Node ids don't: several nodes of one machine share a session directory.
+    Node ids don't: several nodes of one machine share a session directory. Returns an empty
+    directory beside it, for copies of the experiment's state.
     """
     directory = os.path.join(session_dir, run.session_subdir, _OUR_DIR)
-    os.makedirs(directory, exist_ok=True)
+    copies = os.path.join(directory, f"state-{run.facts.id}")
+    os.makedirs(copies, exist_ok=True)
     with open(os.path.join(directory, run.driver_mark), "w"):
         pass
+    return copies
 
 
 class Directories:

@@ -5,6 +5,7 @@ Ray's experiment snapshots make them from Tune's loop; no call but the last one 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 from tune_sync_plugin.dispatcher import Dispatcher
 from tune_sync_plugin.report import EXPERIMENT, ExperimentReport
+from tune_sync_plugin.whole_files import copy_files
 
 _LEAST_FLUSH_S = 10.0
 _NOT_IMPORTABLE = {"ModuleNotFoundError", "ImportError", "RuntimeEnvSetupError"}
@@ -30,6 +32,14 @@ class DriverSyncer:
 
     Copies of the storage context go to every trial, and with them to workers: what is pickled or
     copied of this is the syncer that Ray made, which serves trials that we could not attach to.
+
+    Args:
+        dispatcher: Takes the requests.
+        report: Says what became of them.
+        rays_own: Ray's syncer.
+        copies: A directory for copies of the state's files, made when they are whole.
+        timeout_s: What Ray's last wait may take.
+        clock: Seconds, monotonic.
     """
 
     def __init__(
@@ -37,12 +47,14 @@ class DriverSyncer:
         dispatcher: Dispatcher,
         report: ExperimentReport,
         rays_own: Any,
+        copies: str,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._dispatcher = dispatcher
         self._report = report
         self._rays_own = rays_own
+        self._copies = copies
         self._timeout_s = timeout_s
         self._clock = clock
         self._end: float | None = None
@@ -55,6 +67,9 @@ class DriverSyncer:
         self._snapshot = (local_dir, remote_dir, exclude)
         if self._cannot_run():
             return bool(self._rays_own.sync_up(*self._snapshot))
+        # Where that fails, as on a full disk, it is sent from where Ray writes it.
+        with contextlib.suppress(OSError):
+            copy_files(local_dir, self._copies)
         self._dispatcher.request(EXPERIMENT, forced=self._forced)
         self._dispatcher.poll()
         self._requested, self._forced = self._forced, False

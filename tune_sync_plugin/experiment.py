@@ -14,7 +14,7 @@ import ray
 from tune_sync_plugin import runs, tune_internals
 from tune_sync_plugin.attacher import Attacher
 from tune_sync_plugin.config import SyncConfig, plain
-from tune_sync_plugin.directories import Run, SyncJob, mark_driver_disk
+from tune_sync_plugin.directories import Run, SyncJob, prepare_driver_disk
 from tune_sync_plugin.dispatcher import Dispatcher, Turn
 from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
@@ -75,7 +75,7 @@ class Experiment:
             tune_internals.STORAGE_MARK,
             RunFacts(uuid.uuid4().hex[:12], runs.now(), storage.resumed),
         )
-        mark_driver_disk(run, tune_internals.session_dir())
+        copies = prepare_driver_disk(run, tune_internals.session_dir())
         self._executor = RayExecutor(run, here)
         self.dispatcher = Dispatcher(
             self._executor,
@@ -93,9 +93,9 @@ class Experiment:
         )
         job = SyncJob(
             EXPERIMENT,
-            (storage.driver_directory,),
+            (copies, storage.driver_directory),
             storage.experiment_path,
-            options,
+            replace(options, overlaid=True),
             must_exist=True,
         )
         self.dispatcher.set_places(EXPERIMENT, {here: job})
@@ -104,7 +104,9 @@ class Experiment:
             report.mirror = MirrorReport()
 
         self._preflight = Preflight(self._executor)
-        self._syncer = DriverSyncer(self.dispatcher, report, storage.syncer, config.sync_timeout)
+        self._syncer = DriverSyncer(
+            self.dispatcher, report, storage.syncer, copies, config.sync_timeout
+        )
         self._attacher = Attacher(
             run,
             config,

@@ -33,18 +33,18 @@ def test_whole_file_in_bounded_chunks(file: Path, size: int) -> None:
         assert source.checksum == hashlib.md5(file.read_bytes()).hexdigest()
 
 
-def test_never_reads_beyond_the_size_that_was_scanned(
+def test_never_reads_beyond_the_size_it_had_when_opened(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = entry_of(file)
-    with file.open("ab") as out:
-        out.write(b"and more")
     reads: list[tuple[int, int]] = []
     pread = os.pread
     monkeypatch.setattr(
         source_module.os, "pread", lambda fd, n, at: (reads.append((at, n)), pread(fd, n, at))[1]
     )
+    entry = entry_of(file)
     with Source(entry) as source:
+        with file.open("ab") as out:
+            out.write(b"and more")
         assert source.read() == b"0123456789"
         assert source.fingerprint == entry.fingerprint
     assert all(at + count <= 10 for at, count in reads)
@@ -64,8 +64,8 @@ def test_grows_while_it_is_read(file: Path) -> None:
 def test_shrank_before_it_is_read(file: Path, size: int) -> None:
     entry = entry_of(file)
     os.truncate(file, size)
-    with Source(entry) as source, pytest.raises(SourceChangedError, match="a shrank"):
-        source.read()
+    with pytest.raises(SourceChangedError, match="a shrank before"):
+        Source(entry)
 
 
 def test_shrinks_while_it_is_read(file: Path) -> None:
@@ -77,6 +77,43 @@ def test_shrinks_while_it_is_read(file: Path) -> None:
         assert next(chunks) == b"x"
         with pytest.raises(SourceChangedError, match="a shrank"):
             next(chunks)
+
+
+@pytest.mark.parametrize("content", [b"rewritten!", b"rewritten, and longer"])
+def test_rewritten_while_it_is_read(file: Path, content: bytes) -> None:
+    file.write_bytes(b"x" * CHUNK_BYTES + file.read_bytes())
+    with Source(entry_of(file)) as source:
+        chunks = source.chunks()
+        next(chunks)
+        file.write_bytes(b"y" * CHUNK_BYTES + content)
+        with pytest.raises(SourceChangedError, match="a was rewritten while it was read"):
+            next(chunks)
+
+
+def test_rewritten_within_a_tick_of_the_clock(file: Path) -> None:
+    """The times don't tell: two writes in a row leave the same."""
+    file.write_bytes(b"x" * (CHUNK_BYTES + 1))
+    status = file.stat()
+    with Source(entry_of(file)) as source:
+        chunks = source.chunks()
+        next(chunks)
+        file.write_bytes(b"y" * (CHUNK_BYTES + 1))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(SourceChangedError, match="a was rewritten"):
+            next(chunks)
+
+
+def test_a_file_rewritten_after_the_scan_arrives_whole(root: Path, manifest: Path) -> None:
+    """As Ray writes the state: in place, so that the inode is the old one's."""
+    fill(root, {"a": b"1", "state.json": b"{...}"})
+
+    def meddle(moment: str, path: str) -> None:
+        if (moment, path) == ("before", "a"):
+            (root / "state.json").write_bytes(b"{a longer state}")
+
+    storage = Watched(LocalStorage(str(root.parent / "storage")), meddle)
+    assert sync_dir(root, storage, manifest, concurrency=1).complete
+    assert tree(root.parent / "storage")["state.json"] == b"{a longer state}"
 
 
 def test_deleted_while_it_is_read(file: Path) -> None:

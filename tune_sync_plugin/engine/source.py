@@ -1,7 +1,8 @@
 """Reads one local file for upload, defended against whoever is still writing it.
 
-A reader never gets more than the size in the file's fingerprint, never blocks on a FIFO that took
-the file's place, and hears of a file that shrank as an error of its own.
+What a reader gets is the file as it was when it was opened, or an error: a file that shrank or was
+rewritten meanwhile is one to read again, and one that has grown since is as good. It never blocks
+on a FIFO that took the file's place.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol
@@ -52,9 +54,8 @@ class Memory:
 class Source:
     """A context manager around one open file of ``size`` bytes.
 
-    ``fingerprint`` is the scan's, unless another file has taken the place since (by a rename, or
-    because a directory was swapped): then it is that one's, and so is the size. The scan's would
-    cut a replaced file short, and be taken for true once a directory is swapped back.
+    Size and ``fingerprint`` are what it had when it was opened. The scan's would cut a file short
+    that has been rewritten since, and be taken for true once a directory is swapped back.
 
     Args:
         entry: What the scan found.
@@ -66,7 +67,7 @@ class Source:
         checksum: Likewise the checksum that storage is compared with.
 
     Raises:
-        SourceChangedError: The file is gone, is no regular file any more, or shrank.
+        SourceChangedError: The file is gone, is no regular file any more, or shrank since the scan.
         SourceError: It can't be read.
     """
 
@@ -83,14 +84,20 @@ class Source:
         if not stat.S_ISREG(status.st_mode):
             os.close(self._fd)
             raise SourceChangedError(f"{self.path} is no longer a regular file")
-        replaced = status.st_ino != entry.fingerprint.inode
-        self.fingerprint = Fingerprint.of(status) if replaced else entry.fingerprint
+        self.fingerprint, self._opened_ns = Fingerprint.of(status), time.time_ns()
         self.size = self.fingerprint.size
+        scanned = entry.fingerprint
+        if self.size < scanned.size and self.fingerprint.inode == scanned.inode:
+            os.close(self._fd)  # most likely truncated, and about to be written anew
+            raise self._changed("shrank before")
 
     def _error(self, error: OSError) -> SourceError:
         if error.errno in _GONE:
             return SourceChangedError(f"{self.path} is gone")
         return SourceError(f"reading {self.path} failed: {error.strerror or error}")
+
+    def _changed(self, how: str) -> SourceChangedError:
+        return SourceChangedError(f"{self.path} {how} it was read")
 
     def __enter__(self) -> Source:
         return self
@@ -104,13 +111,21 @@ class Source:
         os.close(self._fd)
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """The file's first ``size`` bytes, as they are now, from the start."""
+        """The file's first ``size`` bytes, from the start.
+
+        Raises:
+            SourceChangedError: They never were the file's content at any one time.
+        """
         rolling = Rolling()
         checksum = hasher() if self._etags else rolling
+        left = self.size
         for chunk in self._bytes(0, self.size, chunk_bytes):
             checksum.update(chunk)
             if rolling is not checksum:
                 rolling.update(chunk)
+            left -= len(chunk)
+            if not left:
+                self.must_still_be(rolling.text())
             yield chunk
         self.checksum, self.rolling = checksum.text(), rolling.text()
 
@@ -121,13 +136,25 @@ class Source:
             except OSError as error:
                 raise self._error(error) from error
             if not chunk:
-                raise SourceChangedError(f"{self.path} shrank while it was read")
+                raise self._changed("shrank while")
             start += len(chunk)
             yield chunk
 
     def read(self) -> bytes:
         """The whole of it, for files small enough to hold in memory."""
         return b"".join(self.chunks())
+
+    def must_still_be(self, rolling: str) -> None:
+        """Called before the last of it is handed out, so that no storage has the whole by then.
+
+        Raises:
+            SourceChangedError: It no longer begins with what was read: it is being rewritten.
+        """
+        same = Fingerprint.of(os.fstat(self._fd)) == self.fingerprint
+        if same and not self.fingerprint.is_racy(self._opened_ns):
+            return  # nothing has been written since
+        if not self.matches(rolling):
+            raise self._changed("was rewritten while")
 
     def matches(self, checksum: str) -> bool:
         """Whether the content has this checksum, to tell states with equal fingerprints apart."""
@@ -170,8 +197,12 @@ class Tail:
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         rolling = self._before.copy()
+        left = self.size
         for chunk in self._source._bytes(self.start, self._source.size, chunk_bytes):
             rolling.update(chunk)
+            left -= len(chunk)
+            if not left:
+                self._source.must_still_be(rolling.text())
             yield chunk
         self.rolling = rolling.text()
 

@@ -49,6 +49,7 @@ class SyncOptions:
             that its writer has left for another one.
         read_back: Whether to read each upload back and compare contents, where storage offers no
             checksum of its own.
+        overlaid: Whether several directories may have the same path, which is no failure then.
     """
 
     keep: Filter = Filter()
@@ -57,6 +58,7 @@ class SyncOptions:
     timeout_s: float = 1800.0
     only_missing: bool = False
     read_back: bool = False
+    overlaid: bool = False
 
 
 def sync(
@@ -115,6 +117,8 @@ def sync(
         )
         del known
         _leave_out(scanned, taken)
+        if not options.overlaid:
+            scanned.failures += [(path, FileExistsError(_TWICE)) for path in scanned.conflicts]
         if manifest is None:
             if scanned.is_empty and not (indexing and indexing.also):
                 return SyncReport(duration_s=clock() - started)
@@ -149,7 +153,6 @@ def _leave_out(scanned: Scan, taken: Callable[[str], bool]) -> None:
         del scanned.files[path]
         problem = FileExistsError(_OURS if is_ours(path) else _TAKEN)
         scanned.failures.append((path, problem))
-    scanned.failures += [(path, FileExistsError(_TWICE)) for path in scanned.conflicts]
 
 
 def _plan(

@@ -121,8 +121,9 @@ class Transfer:
         Returns the whole file's checksum, ETag and rolling checksum; ``None`` if it was not done.
         """
         path, sent, least = upload.entry.path, upload.sent, self.storage.append_from
-        is_same_file = source.fingerprint == upload.entry.fingerprint
-        if least is None or sent.size < least or not (is_same_file and sent.etag and sent.rolling):
+        if least is None or not least <= sent.size < source.size:
+            return None
+        if not (sent.etag and sent.rolling):
             return None
         tail = source.tail(sent.size, sent.rolling)
         if not tail or not self.storage.append(path, tail, sent.etag):

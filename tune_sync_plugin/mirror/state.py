@@ -6,14 +6,13 @@ then is this, whatever is written since. Knows no Ray but by the names of files.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tune_sync_plugin.engine.index import OUR_DIRECTORY
+from tune_sync_plugin.whole_files import copy_files
 
 STATE_FILES = "experiment_state-*.json"
 _STATE = re.compile(r"experiment_state-.*\.json")
@@ -52,12 +51,8 @@ def take(experiment: str, copy: str) -> State | None:
     version = current_version(experiment)
     if version is None:
         return None
-    os.makedirs(copy, exist_ok=True)
     trials = frozenset(trials_in(experiment))
-    for entry in os.scandir(experiment):
-        if entry.is_file() and not entry.name.startswith("."):
-            with contextlib.suppress(FileNotFoundError):
-                _copy(entry, os.path.join(copy, entry.name))
+    copy_files(experiment, copy)
     newest = max(filter(_STATE.fullmatch, os.listdir(copy)))
     with open(os.path.join(copy, newest), "rb") as file:
         return State(version, frozenset(checkpoints_in(file.read())), trials)
@@ -68,16 +63,6 @@ def trials_in(experiment: str) -> Iterator[str]:
     for entry in os.scandir(experiment):
         if entry.is_dir() and entry.name != OUR_DIRECTORY:
             yield entry.name
-
-
-def _copy(entry: os.DirEntry[str], to: str) -> None:
-    status = entry.stat()
-    with contextlib.suppress(FileNotFoundError):
-        known = os.stat(to)
-        if (known.st_mtime_ns, known.st_size) == (status.st_mtime_ns, status.st_size):
-            return  # left as it is, so that it counts as unchanged
-    shutil.copy2(entry.path, f"{to}.part")
-    os.replace(f"{to}.part", to)
 
 
 def checkpoints_in(content: bytes) -> Iterator[str]:

@@ -160,7 +160,7 @@ def mirror_checkpoint(name: str, source: str, timeout_s: float, run: MirrorRun) 
 @_report
 def mirror_state(name: str, copy: str, timeout_s: float, run: MirrorRun) -> SyncReport:
     """The experiment's state, last of it the file that names checkpoints."""
-    options = replace(run.sync, timeout_s=timeout_s, keep=Filter(exclude=(STATE_FILES, "*.part")))
+    options = replace(run.sync, timeout_s=timeout_s, keep=Filter(exclude=(STATE_FILES,)))
     report = _sync(run, copy, "", "experiment", options)
     if not report.complete:
         return report
