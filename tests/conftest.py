@@ -94,9 +94,6 @@ def place(request: pytest.FixtureRequest) -> Place:
     return Place.in_directory(request.getfixturevalue("storage"))
 
 
-_FIGURES = pytest.StashKey[list[str]]()
-
-
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Notes a row of the failure matrix for the table at the end of the test run.
@@ -108,13 +105,21 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def note(event: str, *, written: int, stored: int, lost: Any = 0, more: str = "") -> None:
         line = f"{event}: {written:,} / {stored:,} / {lost}" + (f" ({more})" if more else "")
-        request.config.stash.setdefault(_FIGURES, []).append(line)
+        request.node.user_properties.append(("figure", line))  # travels between processes
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if lines := config.stash.get(_FIGURES, []):
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [r for found in terminalreporter.stats.values() for r in found]
+    lines = [
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "figure"
+    ]
+    if lines:
         terminalreporter.section("bytes written / in storage / reported lost")
         for line in lines:
             terminalreporter.write_line(line)

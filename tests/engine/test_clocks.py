@@ -228,7 +228,9 @@ def test_a_second_that_comes_again_is_not_trusted(root: Path, manifest: Path) ->
     assert tree(there) == {"a": b"2"}
 
 
-@pytest.mark.parametrize("mtime_ns", [*TIMES, time.time_ns() + HOUR])
+@pytest.mark.parametrize(
+    "mtime_ns", [*TIMES, time.time_ns() + HOUR], ids=[*map(str, TIMES), "in an hour"]
+)
 def test_files_with_odd_times_arrive_and_go_once(root: Path, manifest: Path, mtime_ns: int) -> None:
     there = root.parent / "storage"
     storage = Counting(LocalStorage(str(there)))
