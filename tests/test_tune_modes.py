@@ -586,7 +586,7 @@ def test_one_interrupt_ends_gracefully_and_flushes(
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while time.monotonic() < deadline and process.poll() is None:
             if len(list(storage.glob("exp/*/checkpoint_*"))) >= 5:
                 break

@@ -308,7 +308,7 @@ def test_the_last_syncs_of_a_run_find_the_processes_of_the_first(
     ).fit()
     assert not callback.report.failures
     assert len(list((storage / "exp").glob("*/last.txt"))) == 2
-    assert sorted(started) == sorted([cluster.head_node_id, *cluster.node_ids[:2]])
+    assert set(started) == {cluster.head_node_id, *cluster.node_ids[:2]}
     assert watch.early <= watch.late
-    assert len(watch.late) == 3
+    assert len(watch.late) == len(started)
     assert callback._active is None
