@@ -164,7 +164,9 @@ def _train_slowly(config: dict[str, Any]) -> None:
 
 def _lost_at(callback: Any) -> tuple[str, int | None]:
     """The one NodeDiedError of the report: its text, and the age of the last sync it names."""
-    (failure,) = (f for f in callback.report.failures if f.error == "NodeDiedError")
+    failures = callback.report.failures
+    assert sum(f.error == "NodeDiedError" for f in failures) == 1, failures
+    (failure,) = (f for f in failures if f.error == "NodeDiedError")
     found = re.search(r"its last complete sync ended (\d+) s ago", failure.message)
     return failure.message, int(found[1]) if found else None
 
@@ -203,7 +205,9 @@ def test_a_node_that_dies_loses_only_what_it_had_not_synced(
     ended = time.time()
     assert not results.errors
     stored = place.artifacts()
-    (start,) = (int(n[11:-4]) for n in stored if re.fullmatch(r"attempt_at_[1-9]\d*\.txt", n))
+    starts = [int(n[11:-4]) for n in stored if re.fullmatch(r"attempt_at_[1-9]\d*\.txt", n)]
+    assert len(starts) == 1, (sorted(stored), callback.report.failures)
+    (start,) = starts
     node, here, log = found_at(place, start)
     assert node != found_at(place, 0)[0]
 

@@ -124,7 +124,7 @@ def test_a_restore_that_fails_ends_no_trial_and_overwrites_nothing(
     # pyarrow says OSError, with the cause in its text.
     errors = {error, "OSError"} if error == "PermissionError" else {error}
     assert failures
-    assert all(f.trial == trial_id and f.error in errors for f in failures)
+    assert all(f.trial == trial_id and f.error in errors for f in failures), failures
     if what == "files":
         assert {f.path for f in failures} == {
             "log.txt",
