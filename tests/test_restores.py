@@ -121,8 +121,9 @@ def test_a_restore_that_fails_ends_no_trial_and_overwrites_nothing(
     assert "failed_after_4" in stored
 
     failures = callback.report.not_restored
-    # pyarrow says OSError, with the cause in its text.
-    errors = {error, "OSError"} if error == "PermissionError" else {error}
+    # pyarrow says OSError, with the cause in its text: also that of its own timeouts, if one of
+    # these comes when no time is left for another try.
+    errors = {error, "OSError"}
     assert failures
     assert all(f.trial == trial_id and f.error in errors for f in failures), failures
     if what == "files":
