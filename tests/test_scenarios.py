@@ -81,7 +81,8 @@ def test_files_of_a_killed_trial_arrive(link: Link) -> None:
 
 
 def test_a_hanging_upload_is_killed_and_named(link: Link) -> None:
-    outcome = scenarios.hanging_upload(link, "ours")
+    # Enough for a new process to start in on a busy machine.
+    outcome = scenarios.hanging_upload(link, "ours", timeout_s=10)
     assert not outcome.results.errors
     assert outcome.results[0].metrics["step"] == 3
     names = outcome.names()

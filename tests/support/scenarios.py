@@ -284,13 +284,13 @@ def _train_hang(config: dict[str, Any]) -> None:
         time.sleep(0.5)
 
 
-def hanging_upload(link: Link, by: str) -> Outcome:
-    """Storage never answers the upload of one file; ``sync_timeout`` is five seconds."""
+def hanging_upload(link: Link, by: str, timeout_s: float = 5) -> Outcome:
+    """Storage never answers the upload of one file."""
     return fit(
         link,
         _train_hang,
         by=by,
-        sync_config={"sync_timeout": 5},
+        sync_config={"sync_timeout": timeout_s},
         rules=[{"key_regex": r"hang\.bin", "action": "hang"}],
     )
 
