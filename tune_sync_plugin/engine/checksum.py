@@ -159,3 +159,30 @@ def etag_matches(checksum: str, etag: str | None) -> bool | None:
     if parts == 1:  # a multipart upload of one part
         ours = _md5(bytes.fromhex(ours)).hexdigest()
     return digest == ours if parts <= 1 else None
+
+
+# Besides ours: those of AWS's own tools, and of others that people copy with.
+_PARTS_OF_OTHERS = tuple(size << 20 for size in (8, 5, 16, 32, 50, 64, 100))
+
+
+def like_etag(etag: str | None, size: int) -> str:
+    """How to make a checksum of a content of ``size`` bytes that an S3 ETag can be compared with.
+
+    Returns what :func:`checksum_of` takes for ``like``. Where an ETag tells nothing, or was made of
+    parts of a size that nobody knows, it is the rolling kind, which storage has to be read for.
+
+    Example:
+        >>> like = like_etag("9bb58f26192e4ba00f01e2e7b136bbd8-2", 12 << 20)
+        >>> like, checksum_of([b"b" * (12 << 20)], like).partition("-")[2]
+        ('/10485760', '2/10485760')
+    """
+    found = _ETAG.fullmatch(etag.strip('"')) if etag else None
+    if not found:
+        return _ROLLING
+    parts = int(found[2] or 0)
+    if parts <= 1:
+        return f"/{max(size, 1)}"
+    for part_bytes in (part_bytes_for(size), *_PARTS_OF_OTHERS):
+        if -(-size // part_bytes) == parts:
+            return f"/{part_bytes}"
+    return _ROLLING
