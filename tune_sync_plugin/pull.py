@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from tune_sync_plugin import layout
-from tune_sync_plugin.engine.checksum import checksum_of, like_etag
+from tune_sync_plugin.engine.checksum import ROLLING, checksum_of, has_etag
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.pool import Health, Limits, run
@@ -202,13 +202,18 @@ class _Puller:
         found = self._storage.stat(path)
         if found is None:
             raise NotStoredError("it was listed, but is gone")
-        like = like_etag(found.etag if self._storage.has_checksums else None, size)
+        if found.size != size:
+            return False
         try:
-            checksum = checksum_of(self._target.read(path), like)
+            if self._storage.has_checksums:
+                same = has_etag(lambda: self._target.read(path), size, found.etag)
+                if same is not None:
+                    # A wrong ETag may be that of an encrypted object: comparing would cost as much.
+                    return same
+            checksum = checksum_of(self._target.read(path), like=ROLLING)
         except OSError:
             return False
-        # Should an ETag be that of an encrypted object, comparing would cost as much as fetching.
-        return holds(self._storage, path, found, size, checksum, sure=False)
+        return holds(self._storage, path, found, size, checksum)
 
 
 class _Stored:
