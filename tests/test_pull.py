@@ -21,6 +21,7 @@ import pytest
 from tests.engine.support import fill
 from tests.support.cluster import REPOSITORY
 from tests.support.scenarios import Link
+from tune_sync_plugin.best import best_trial
 from tune_sync_plugin.cli import main
 from tune_sync_plugin.engine.checksum import checksum_of, has_etag
 from tune_sync_plugin.engine.index import INDEX
@@ -136,6 +137,16 @@ def test_json_is_all_there_is_on_stdout(exp: Path, run: Run) -> None:
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", '"nan"', "true", "1" + "0" * 400])
+def test_what_is_no_number_is_never_the_best(tmp_path: Path, value: str) -> None:
+    names = [f"t_{n}" for n in range(6)]
+    for name in names:
+        loss = "0.5" if name == "t_3" else value
+        fill(tmp_path / name, {"result.json": f'{{"loss": 0}}\n{{"loss": {loss}}}\n'.encode()})
+    for mode in ("min", "max"):
+        assert best_trial(LocalStorage(str(tmp_path)), names, "loss", mode) == ("t_3", 0.5)
+
+
 # -- what is there already, and what must not be touched ---------------------------------------
 
 
@@ -249,6 +260,7 @@ def test_what_failed_is_named_and_the_next_pull_goes_on(link: Link, url: str, ru
     assert code == 1
     assert out.startswith("t_1/checkpoint_000000/model #1.bin: ")
     assert "403" in out
+    assert "writing" not in out, "it is not this disk's fault"
     assert out.splitlines()[-1].endswith("1 failed; pull again, and it goes on from here")
     assert "model" not in str(contents(Path("exp"))), "nor a part of it"
     link.proxy.clear_rules()
