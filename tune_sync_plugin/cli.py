@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from typing import Any
 
 from tune_sync_plugin import layout
@@ -24,12 +23,11 @@ from tune_sync_plugin.places import Place, last_name, place_at
 from tune_sync_plugin.preflight import advice_on
 from tune_sync_plugin.pull import Progress, choose, matching_trials, pull
 from tune_sync_plugin.report import human_bytes
-from tune_sync_plugin.status import RAY, Status, status
+from tune_sync_plugin.status import status
+from tune_sync_plugin.texts import count_of, cut, lines_about
 from tune_sync_plugin.verify import verify
 
 _OK, _DIFFERENT, _FAILED, _INTERRUPTED = 0, 1, 2, 130
-# So many lines about what is not there are read; the rest is in --json.
-_LINES = 50
 
 _CODES = """exit codes:
   0    all is well
@@ -169,50 +167,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _status(place: Place, options: argparse.Namespace) -> Found:
     found = status(place.root())
-    lines = [line for each in found for line in _status_lines(each, place.name)]
+    lines = [line for each in found for line in lines_about(each, place.name)]
     missing = any(each.complete is False for each in found)
     document = {"experiments": [dataclasses.asdict(each) for each in found]}
     return (_DIFFERENT if missing else _OK), document, lines
-
-
-def _status_lines(found: Status, url: str) -> Iterator[str]:
-    if found.written_by == RAY:
-        said = "written by Ray alone, not by tune_sync_plugin: nobody has said that it is complete"
-    elif found.complete is None:
-        said = "the run has not ended, or was killed" if not found.ended else "no summary"
-    else:
-        said = "complete" if found.complete else "not complete"
-    yield f"{found.path or url}: {said}"
-    yield (
-        f"  {_count(len(found.trials), 'trial')}, {_count(found.files, 'file')}, "
-        f"{human_bytes(found.bytes)}, {_count(found.checkpoints, 'checkpoint')}"
-    )
-    times = (("started", found.started), ("ended", found.ended), ("last result", found.last_result))
-    ages = [f"{name} {_age(time)}" for name, time in times if time]
-    if found.host:
-        ages.append(f"on {found.host}")
-    if ages:
-        yield f"  {', '.join(ages)}"
-    if found.state:
-        states = ", ".join(f"{count} {name}" for name, count in found.trial_states.items())
-        yield f"  newest experiment state: {found.state}{f': {states}' if states else ''}"
-    yield from _cut([f"  {problem}" for problem in found.problems])
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _age(then: str) -> str:
-    try:
-        time = datetime.fromisoformat(then)
-        seconds = (datetime.now(timezone.utc) - time).total_seconds()
-    except (ValueError, TypeError):
-        return then
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f} {unit} ago ({then})"
-    return f"{max(seconds, 0):.0f} s ago ({then})"
 
 
 def _verify(place: Place, options: argparse.Namespace) -> Found:
@@ -220,7 +178,7 @@ def _verify(place: Place, options: argparse.Namespace) -> Found:
     count = len(found.differences)
     last = (
         f"{found.trials} trials, {found.files} files, {human_bytes(found.bytes)}: "
-        + ("all there" if not count else _count(count, "difference"))
+        + ("all there" if not count else count_of(count, "difference"))
         + ("" if found.ended else "; the run has not ended, or was killed")
     )
     document = dataclasses.asdict(found)
@@ -260,10 +218,10 @@ def _pull(place: Place, options: argparse.Namespace) -> Found:
         done = pull(storage, wanted, destination, progress)
     document |= dataclasses.asdict(done)
     document["failures"] = [each._asdict() for each in done.failures]
-    lines += _cut([str(each) for each in done.failures])
+    lines += cut([str(each) for each in done.failures])
     failed = len(done.failures)
     lines.append(
-        f"{destination}: {_count(done.fetched, 'file')} fetched "
+        f"{destination}: {count_of(done.fetched, 'file')} fetched "
         f"({human_bytes(done.fetched_bytes)}), {done.kept} were there "
         f"({human_bytes(done.kept_bytes)}), {failed} failed"
         + ("; pull again, and it goes on from here" if failed else "")
@@ -287,11 +245,6 @@ def _bar(total: int, *, hidden: bool) -> Iterator[Progress]:
 
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
         yield bar.update
-
-
-def _cut(lines: list[str]) -> list[str]:
-    more = len(lines) - _LINES
-    return lines if more <= 0 else [*lines[:_LINES], f"... and {more} more; --json has them all"]
 
 
 def _doctor(place: Place, options: argparse.Namespace) -> Found:
