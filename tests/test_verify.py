@@ -15,7 +15,7 @@ from pyarrow import fs
 from tests.engine.support import fill
 from tests.support.cluster import REPOSITORY
 from tests.support.scenarios import Link
-from tune_sync_plugin.__main__ import main
+from tune_sync_plugin.cli import main
 from tune_sync_plugin.engine.index import INDEX
 from tune_sync_plugin.engine.keeper import Indexing
 from tune_sync_plugin.engine.storage import Storage, storage_at

@@ -67,7 +67,7 @@ def try_storage(run: HasRoot) -> tuple[str | None, float]:
     try:
         once(attempt, Limits.within(LIMIT_S))
     except BaseException as error:
-        return f"{step} it failed: {type(error).__name__}: {describe(error)}. {_advice(error)}", (
+        return f"{step} it failed: {type(error).__name__}: {describe(error)}. {advice_on(error)}", (
             time.time()
         )
     return None, time.time()
@@ -76,6 +76,7 @@ def try_storage(run: HasRoot) -> tuple[str | None, float]:
 # By the class of an error, or by what clients write of it; the first that fits.
 _ADVICE = (
     (r"^(ImportError|ModuleNotFoundError)", "Install it on every node"),
+    (r"there is no directory", "Create it, or mount it on this node; all nodes must share it"),
     (
         r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist",
         "Create the bucket, or correct its name",
@@ -95,7 +96,8 @@ _ADVICE = (
 )
 
 
-def _advice(error: BaseException) -> str:
+def advice_on(error: BaseException) -> str:
+    """What to do about an error of a storage."""
     said = f"{type(error).__name__}: {error}"
     return next(advice for pattern, advice in _ADVICE if re.search(pattern, said))
 

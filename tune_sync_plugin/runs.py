@@ -8,6 +8,7 @@ that it counts.
 from __future__ import annotations
 
 import json
+import posixpath
 import socket
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -90,9 +91,14 @@ def _write(storage: Storage, path: str, content: dict[str, Any], run_id: str) ->
     storage.write(path, Memory(json.dumps(content, indent=1).encode()), run_id)
 
 
-def read_summary(storage: Storage) -> dict[str, Any] | None:
+def read_summary(storage: Storage, directory: str = "") -> dict[str, Any] | None:
     """What the last run said when it ended; ``None`` if it has not, or said it unreadably."""
-    return _read(storage, SUMMARY)
+    return _read(storage, posixpath.join(directory, SUMMARY))
+
+
+def read_run(storage: Storage, directory: str = "") -> dict[str, Any] | None:
+    """What the last run said when it began, and whether it has ended; ``None`` as above."""
+    return _read(storage, posixpath.join(directory, RUN))
 
 
 def summarize(report: ExperimentReport, facts: RunFacts) -> dict[str, Any]:

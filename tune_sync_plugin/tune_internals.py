@@ -32,6 +32,20 @@ def session_dir() -> str:
     return f"{ray._private.worker._global_node.get_session_dir_path()}/artifacts"
 
 
+def cluster_address(address: str) -> tuple[str, int]:
+    """Host and port of what ``ray.init(address=...)`` would connect to, ``"auto"`` too.
+
+    ``ray.init`` itself goes on trying for many minutes where nobody listens.
+
+    Raises:
+        ConnectionError: ``"auto"``, and no cluster runs here, or several do.
+        ValueError: It is no address.
+    """
+    found = ray._private.services.canonicalize_bootstrap_address_or_die(address)
+    host, _, port = found.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def find_controller() -> Any:
     """The TuneController that is calling a callback's ``setup``, from the call stack.
 

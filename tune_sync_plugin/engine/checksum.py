@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import xxhash
@@ -22,9 +22,10 @@ PART_BYTES = 10 << 20
 _MOST_PARTS = 10_000
 
 _ETAG = re.compile(r"([0-9a-f]{32})(?:-(\d+))?")
-_ROLLING = "xxh3:"
+ROLLING = "xxh3:"
+"""What the rolling kind's texts begin with; as ``like`` it stands for that kind."""
 CHECKSUM = re.compile(
-    rf"{_ROLLING}[0-9a-f]{{32}}|[0-9a-f]{{32}}(?:-[0-9]{{1,9}}/[1-9][0-9]{{0,14}})?"
+    rf"{ROLLING}[0-9a-f]{{32}}|[0-9a-f]{{32}}(?:-[0-9]{{1,9}}/[1-9][0-9]{{0,14}})?"
 )
 
 
@@ -107,7 +108,7 @@ class Rolling:
 
     def text(self) -> str:
         """The checksum of everything so far."""
-        return _ROLLING + self._hash.hexdigest()
+        return ROLLING + self._hash.hexdigest()
 
     def copy(self) -> Rolling:
         """One that goes on from here by itself."""
@@ -122,7 +123,7 @@ def _md5(data: bytes = b"") -> hashlib._Hash:
 
 def hasher(like: str = "") -> Hasher:
     """What computes a checksum of the kind, and with the parts, of ``like``."""
-    if like.startswith(_ROLLING):
+    if like.startswith(ROLLING):
         return Rolling()
     _, _, part_bytes = like.partition("/")
     return Checksum(int(part_bytes)) if part_bytes else Checksum()
@@ -130,7 +131,7 @@ def hasher(like: str = "") -> Hasher:
 
 def is_like(checksum: str, other: str) -> bool:
     """Whether equal contents have equal checksums of these two kinds."""
-    kinds = {(text.startswith(_ROLLING), text.partition("/")[2]) for text in (checksum, other)}
+    kinds = {(text.startswith(ROLLING), text.partition("/")[2]) for text in (checksum, other)}
     return len(kinds) == 1
 
 
@@ -149,7 +150,7 @@ def etag_matches(checksum: str, etag: str | None) -> bool | None:
     differs may also be that of an encrypted object: read the content before believing it.
     """
     found = _ETAG.fullmatch(etag.strip('"')) if etag else None
-    if not found or checksum.startswith(_ROLLING):
+    if not found or checksum.startswith(ROLLING):
         return None
     digest, parts = found[1], int(found[2] or 0)
     ours, _, rest = checksum.partition("-")
@@ -159,3 +160,32 @@ def etag_matches(checksum: str, etag: str | None) -> bool | None:
     if parts == 1:  # a multipart upload of one part
         ours = _md5(bytes.fromhex(ours)).hexdigest()
     return digest == ours if parts <= 1 else None
+
+
+# Besides ours: those of AWS's own tools, and of others that people copy with.
+_PARTS_OF_OTHERS = tuple(size << 20 for size in (5, 8, 16, 32, 50, 64, 100))
+
+
+def has_etag(read: Callable[[], Iterable[bytes]], size: int, etag: str | None) -> bool | None:
+    """Whether a content of ``size`` bytes has that S3 ETag; ``None`` if it can't be told.
+
+    Unlike :func:`etag_matches` it has the content, and can try the sizes of parts that clients use.
+
+    Args:
+        read: Returns the content's chunks; called once for each size of parts that may be it.
+        size: Its size.
+        etag: See :class:`.storage.Stat`.
+
+    Example:
+        >>> has_etag(lambda: [b"hello"], 5, "5d41402abc4b2a76b9719d911017c592")
+        True
+    """
+    found = _ETAG.fullmatch(etag.strip('"')) if etag else None
+    if not found:
+        return None
+    parts = int(found[2] or 0)
+    sizes = {part_bytes_for(size): None, **dict.fromkeys(_PARTS_OF_OTHERS)}
+    fitting = [each for each in sizes if -(-size // each) == parts] if parts > 1 else [size or 1]
+    if any(etag_matches(checksum_of(read(), f"/{each}"), etag) for each in fitting):
+        return True
+    return False if fitting else None
