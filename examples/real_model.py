@@ -61,7 +61,7 @@ def train_digits(config):
     for epoch in range(1, EPOCHS + 1):
         model.partial_fit(train_x, train_y, classes=np.arange(10))
         accuracy = model.score(test_x, test_y)
-        ConfusionMatrixDisplay.from_estimator(model, test_x, test_y, colorbar=False)
+        ConfusionMatrixDisplay.from_estimator(model, test_x, test_y, include_values=False)
         plt.savefig(f"plots/confusion_{epoch}.png")
         plt.close()
         board.add_scalar("accuracy", accuracy, epoch)
