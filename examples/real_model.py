@@ -90,7 +90,7 @@ def run(name, callbacks):
     requests, received = s3.counters()
     tuner = tune.Tuner(
         train_digits,
-        param_space={"lr": tune.grid_search([0.0001, 0.001, 0.01, 0.1])},
+        param_space={"lr": tune.grid_search([0.1, 0.01, 0.001, 0.0001])},
         tune_config=tune.TuneConfig(
             metric="accuracy",
             mode="max",
@@ -161,9 +161,9 @@ count("ours", our_results, ours)
 
 # %% [markdown]
 # Ray sends all artifacts of a trial again at each checkpoint, and `tune.report` waits for that.
-# Ours sends what is new, beside training. ASHA may stop trials at different epochs in the two runs,
-# hence the figures per epoch; both have the checkpoints and Ray's own files in them. This server is
-# on the same machine: over a real link each request takes ten times as long.
+# Ours sends what is new, beside training. ASHA may stop trials at other epochs in the other run,
+# hence the figures per epoch; the checkpoints and Ray's own files are in them too, the same for
+# both. The server is on this machine: over a real link each request takes longer.
 
 # %%
 shown = ("arrived", "ms in tune.report", "requests per epoch", "MB per epoch")
