@@ -287,8 +287,8 @@ def test_real_model(environment: Path, tmp_path: Path, run: Run) -> None:
         assert len(list(trial.glob("tensorboard/events.out.tfevents.*"))) == 1
         assert len(list(trial.glob("checkpoint_*/model.pkl"))) == count
     assert figures["ours"]["arrived"] == figures["ours"]["written"]
-    for cost in ("requests per epoch", "MB per epoch"):
-        assert figures["ours"][cost] < figures["ray"][cost]
+    assert figures["ours"]["MB per epoch"] < figures["ray"]["MB per epoch"]
+    assert figures["ours"]["requests per epoch"] < figures["ray"]["requests per epoch"] / 2
     assert (home / "side_by_side.png").read_bytes().startswith(b"\x89PNG")
     summary = SUMMARY.search(printed)
     assert summary, printed
