@@ -104,6 +104,16 @@ def test_the_trial_directory_is_synced_where_the_driver_does_not(node: Node) -> 
     assert node.names() == {"a.txt", "b.txt"}
 
 
+def test_of_two_files_of_one_name_the_second_is_named(node: Node) -> None:
+    node.write("working_dirs/t/a.txt", "first")
+    node.write("driver_artifacts/t/a.txt", "second")
+    report = node.sync()
+    (failure,) = report.failures
+    assert (failure.path, failure.error) == ("a.txt", "FileExistsError")
+    assert "both have it; only the first one's is sent" in failure.message
+    assert (node.stored / "t" / "a.txt").read_text() == "first"
+
+
 def test_on_the_drivers_disk_it_is_left_to_the_driver(node: Node) -> None:
     prepare_driver_disk(node.run, str(node.here.parent))
     node.write("working_dirs/t/a.txt", "1")

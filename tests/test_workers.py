@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -193,6 +194,18 @@ def test_transfers_run_at_a_lower_priority_and_no_task_of_the_users_ever_does(
 def hang(path: Path, run: Run) -> None:
     path.write_text(str(os.getpid()))
     time.sleep(300)
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_named_in_our_words(
+    running: RayExecutor, cluster: LocalCluster
+) -> None:
+    said = r"WorkerCrashedError: the process or its node ended: "
+    with pytest.raises(RuntimeError, match=said):
+        running.result(running.call(cluster.node_ids[0], die), 60)
 
 
 def test_a_call_that_hangs_is_killed_with_its_process(
