@@ -60,7 +60,7 @@ class TestPandas:
     def test_of_an_empty_report(self) -> None:
         frame = ExperimentReport().to_pandas()
         assert list(frame.index) == [EXPERIMENT]
-        assert str(frame["last_sync"].dtype).startswith("datetime64")
+        assert str(frame["last_sync"].dtype).endswith(", UTC]")
 
 
 class TestHtml:

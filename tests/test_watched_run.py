@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -17,7 +18,7 @@ from ray import tune
 
 from tests.support.cluster import LocalCluster
 from tests.test_metrics import DASHBOARD, names_in, queries
-from tune_sync_plugin import SyncCallback, SyncConfig, metrics, watching
+from tune_sync_plugin import SyncCallback, SyncConfig, experiment, metrics, watching
 from tune_sync_plugin.report import EXPERIMENT, SyncReport
 
 
@@ -74,6 +75,8 @@ def test_what_a_person_sees_of_a_run(
         original(self, node_id, report)
 
     monkeypatch.setattr(watching.Watching, "synced", synced)
+    left: list[int] = []
+    monkeypatch.setattr(experiment, "FlushBar", lambda: contextlib.nullcontext(left.append))
     caplog.set_level("INFO", "tune_sync_plugin")
     callback = SyncCallback()
     tune.Tuner(
@@ -93,6 +96,9 @@ def test_what_a_person_sees_of_a_run(
     assert 1 <= len(lines) <= report.duration_s
     assert all(re.match(r"synced \d of [12] trials, [\d.]+ [KMG]?B up \(", line) for line in lines)
     assert any("last error: " in line and "result.json" in line for line in lines)
+
+    assert left[0] >= 1
+    assert left[-1] == 0
 
     frame = report.to_pandas()
     assert list(frame["failed"].sort_values()) == [0, 0, 1]

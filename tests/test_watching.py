@@ -96,6 +96,14 @@ class TestStatusLine:
         assert "last error" in str(line.next(report, Account(1, 0, 1, 1, failing=1), 20))
         assert "last error" not in str(line.next(report, Account(1, 1), 30))
 
+    def test_an_error_that_is_mended_already_is_said_once(self) -> None:
+        report, line = uploaded(1), StatusLine(0)
+        report.add("t1", "A", SyncReport(failures=(DENIED,)))
+        report.add("t1", "A", SyncReport(1, 1))
+        assert "last error" in str(line.next(report, Account(1, 1), 10))
+        report.add("t1", "A", SyncReport(1, 1))
+        assert "last error" not in str(line.next(report, Account(1, 1), 20))
+
     def test_a_long_error_is_cut(self) -> None:
         report = ExperimentReport()
         report.add("t1", "A", SyncReport(failures=(DENIED._replace(message="x" * 5000),)))

@@ -369,7 +369,6 @@ class Dispatcher:
         self._batches.remove(batch)
         for target, place in batch.items:  # never begun
             target.running = False
-            place.end(answered=False)
             self._want(place, forced=True)
             self._enqueue(target)
 
