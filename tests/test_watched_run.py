@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import re
 import time
 import urllib.request
@@ -37,12 +38,15 @@ def exporting() -> Iterator[LocalCluster]:
 
 
 def train(config: dict[str, Any]) -> None:
-    for step in range(4):
-        Path(f"artifact_{step}.bin").write_bytes(b"a" * 100_000)
+    for step in range(200):
+        if step > 3 and Path(config["enough"]).exists():
+            break
+        if step < 4:
+            Path(f"artifact_{step}.bin").write_bytes(b"a" * 100_000)
         if config["x"] == 1:
             Path("result.json").write_text("not ours to write")  # is reported, every time
         tune.report({"step": step}, checkpoint=None)
-        time.sleep(0.7)
+        time.sleep(0.3)
 
 
 def exported(experiment: str) -> dict[str, float]:
@@ -65,6 +69,8 @@ def test_what_a_person_sees_of_a_run(
     storage: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(watching, "EVERY_S", 1.0)
     syncs: list[SyncReport] = []
@@ -78,10 +84,21 @@ def test_what_a_person_sees_of_a_run(
     left: list[int] = []
     monkeypatch.setattr(experiment, "FlushBar", lambda: contextlib.nullcontext(left.append))
     caplog.set_level("INFO", "tune_sync_plugin")
+    enough = tmp_path / "enough"
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "last error: " in record.getMessage():
+                enough.touch()  # the trials may end
+
+    listener = Listener()
+    log = logging.getLogger(watching.__name__)
+    log.addHandler(listener)
+    request.addfinalizer(lambda: log.removeHandler(listener))
     callback = SyncCallback()
     tune.Tuner(
         train,
-        param_space={"x": tune.grid_search([0, 1])},
+        param_space={"x": tune.grid_search([0, 1]), "enough": str(enough)},
         run_config=tune.RunConfig(
             name="seen",
             storage_path=str(storage),

@@ -28,7 +28,7 @@ class Watching:
         report: What was synced so far.
         account: Tells what is owed.
         metrics: Get what is found.
-        line_every_s: Least seconds between two lines; never less than ``EVERY_S``.
+        line_every_s: Least seconds between two lines; with less than ``EVERY_S``, that counts.
         clock: Seconds, monotonic.
     """
 
@@ -46,7 +46,7 @@ class Watching:
         self._clock = clock
         now = clock()
         self._line = StatusLine(now)
-        self._line_every_s = max(line_every_s, EVERY_S)
+        self._line_every_s = line_every_s
         self._look_at = now + EVERY_S
         self._line_at = now + self._line_every_s
 
