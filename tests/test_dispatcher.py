@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from tests.fake_executor import (
     deferring,
     failing,
 )
-from tune_sync_plugin.dispatcher import Dispatcher, Turn
+from tune_sync_plugin.dispatcher import Account, Dispatcher, Turn
 from tune_sync_plugin.events import Ended
 from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
 
@@ -1062,3 +1063,99 @@ class TestWaiting:
         assert len(bench.executor.kills) == 2
         bench.dispatcher.stop()  # and nothing twice
         assert len(bench.executor.kills) == 2
+
+
+class TestAccount:
+    def test_of_nothing(self, bench: Bench) -> None:
+        assert bench.dispatcher.account() == Account()
+
+    def test_a_trial_is_owed_from_the_request_until_its_sync_is_over(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        assert bench.dispatcher.account() == Account(trials=1)
+        bench.executor.default = Sync(takes=3)
+        bench.request("t")
+        bench.clock.advance(2)
+        assert bench.dispatcher.account() == Account(1, 0, 1, 1, oldest_s=2)
+        bench.poll()  # submitted
+        bench.clock.advance(2)
+        assert bench.dispatcher.account() == Account(1, 0, 1, 1, oldest_s=4)
+        bench.run(2)
+        assert bench.dispatcher.account() == Account(1, 1)
+
+    def test_a_request_during_a_sync_is_owed_from_then_on(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.executor.default = Sync(takes=2)
+        bench.request("t")
+        bench.poll()
+        bench.clock.advance(1)
+        bench.request("t")
+        assert bench.dispatcher.account().oldest_s == 1
+        bench.run(1)  # the first is over
+        assert bench.dispatcher.account() == Account(1, 1, 1, 1, oldest_s=1)
+
+    def test_what_failed_is_owed_since_its_request(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.executor.will("t", Sync(takes=1, report=failing()), Sync(takes=1))
+        bench.request("t")
+        bench.run(5)
+        assert bench.dispatcher.account() == Account(1, 0, 1, 1, failing=1, oldest_s=5)
+        bench.request("t")
+        assert bench.dispatcher.account().oldest_s == 5
+        bench.run(2)
+        assert bench.dispatcher.account() == Account(1, 1)
+
+    def test_what_could_not_be_submitted_is_owed(self, bench: Bench) -> None:
+        bench.executor.start_of["A"] = RuntimeError("as scripted")
+        bench.trial("t", "A")
+        bench.request("t")
+        bench.poll()
+        bench.clock.advance(3)
+        assert bench.dispatcher.account() == Account(1, 0, 1, 1, failing=1, oldest_s=3)
+
+    def test_what_stood_behind_a_killed_sync_is_owed_since_its_request(self) -> None:
+        bench = Bench(slots=1)
+        bench.trial("hangs", "A")
+        bench.trial("waits", "A")
+        bench.executor.will("hangs", Sync(hangs=True))
+        bench.executor.will("waits", Sync(takes=5))
+        bench.request("hangs", "waits")
+        bench.run(14)
+        assert bench.dispatcher.account() == Account(2, 0, 2, 2, failing=1, oldest_s=14)
+        bench.run(5)
+        assert bench.dispatcher.account() == Account(2, 1, 1, 1, failing=1, oldest_s=19)
+
+    def test_the_oldest_of_all_counts_and_the_experiment_is_no_trial(self, bench: Bench) -> None:
+        bench.trial(EXPERIMENT, "A")
+        bench.trial("t", "B")
+        bench.request(EXPERIMENT)
+        bench.clock.advance(1)
+        bench.request("t")
+        bench.clock.advance(1)
+        assert bench.dispatcher.account() == Account(1, 0, 1, 2, oldest_s=2)
+
+    def test_what_a_trial_left_elsewhere_is_owed(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.executor.default = Sync(takes=5)
+        bench.place("t", "B")
+        bench.clock.advance(1)
+        assert bench.dispatcher.account() == Account(1, 0, 1, 1, oldest_s=1)
+
+    def test_what_is_lost_is_neither_owed_nor_synced(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.executor.kill_node("A")
+        bench.request("t")
+        bench.run(3)
+        assert bench.dispatcher.account() == Account(trials=1)
+
+
+class TestProgress:
+    def test_the_flush_tells_how_many_targets_are_left(self) -> None:
+        bench = Bench(slots=1)
+        bench.executor.default = Sync(takes=1)
+        for key in "abc":
+            bench.trial(key, "A")
+        told: list[tuple[float, int]] = []
+        bench.dispatcher.flush(60, lambda left: told.append((bench.clock.now, left)))
+        first = {left: at for at, left in reversed(told)}
+        assert first == {3: 0, 2: 1, 1: 2, 0: 3}
+        assert max(b[0] - a[0] for a, b in itertools.pairwise(told)) <= 0.1 + 1e-9

@@ -7,10 +7,13 @@ import pickle
 
 import pytest
 
+from tune_sync_plugin.history import MOST_POINTS, History
 from tune_sync_plugin.report import (
     EXPERIMENT,
+    MOST_PLOTTED,
     ExperimentReport,
     FileFailure,
+    RestoreReport,
     SyncReport,
     TrialReport,
     human_bytes,
@@ -114,6 +117,62 @@ class TestExperimentReport:
         report.add("t1", "A", SyncReport())
         assert report.failures == []
         assert report.timeouts == [LATE]
+
+    def test_durations_and_restores_add_up(self) -> None:
+        trial = TrialReport()
+        trial.add("A", SyncReport(duration_s=1.5))
+        trial.add("B", SyncReport(duration_s=2.0))
+        trial.restored += [RestoreReport(files_restored=2), RestoreReport(files_restored=3)]
+        assert (trial.duration_s, trial.files_restored) == (3.5, 5)
+
+    def test_the_latest_failure_stays_when_a_later_sync_succeeds(self) -> None:
+        report = ExperimentReport()
+        report.add("t1", "A", SyncReport(failures=(DENIED, LATE), deferred=(CHANGED,)))
+        assert report.latest_failure == LATE
+        report.add("t1", "A", SyncReport(deferred=(CHANGED,)))
+        report.add("t1", "A", SyncReport())
+        assert report.latest_failure == CHANGED
+
+
+class TestHistory:
+    def test_it_is_cumulative_and_nothing_leaves_no_point(self) -> None:
+        history = History()
+        assert history.total == 0
+        for at, count in enumerate([5, 0, 7]):
+            history.add(at, count)
+        assert history.points == [(0, 5), (2, 12)]
+        assert history.total == 12
+
+    def test_it_is_thinned_out(self) -> None:
+        history = History()
+        for at in range(20 * MOST_POINTS):
+            history.add(at, 1)
+            assert len(history.points) <= MOST_POINTS
+        assert len(history.points) > MOST_POINTS / 2 - 2
+        assert history.points[0] == (0, 1)
+        assert history.points[-1] == (20 * MOST_POINTS - 1, 20 * MOST_POINTS)
+        assert all(count == at + 1 for at, count in history.points)
+
+    def test_a_report_has_one_in_total_and_one_per_trial(self) -> None:
+        report = ExperimentReport()
+        report.add(EXPERIMENT, "A", SyncReport(bytes_uploaded=1))
+        report.add("t1", "A", SyncReport(bytes_uploaded=20))
+        report.add("t2", "A", SyncReport(bytes_uploaded=300))
+        report.add("t1", "B", SyncReport(bytes_uploaded=4000))
+        assert [count for _, count in report.history.points] == [1, 21, 321, 4321]
+        per_trial = {key: h.total for key, h in report.trial_histories.items()}
+        assert per_trial == {"t1": 4020, "t2": 300}
+        assert pickle.loads(pickle.dumps(report)) == report
+
+    def test_many_trials_have_none_of_their_own(self) -> None:
+        report = ExperimentReport()
+        for number in range(MOST_PLOTTED):
+            report.add(f"t{number}", "A", SyncReport(bytes_uploaded=1))
+        assert len(report.trial_histories) == MOST_PLOTTED
+        for number in (MOST_PLOTTED, 0):
+            report.add(f"t{number}", "A", SyncReport(bytes_uploaded=1))
+            assert report.trial_histories == {}
+        assert report.history.total == MOST_PLOTTED + 2
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,27 @@ class Turn:
     shared: bool = False
 
 
+@dataclass(frozen=True)
+class Account:
+    """How far the syncing is, over all targets.
+
+    Attributes:
+        trials: Trials that are known.
+        synced: Of them, those synced in full at least once, whose last sync left nothing out.
+        owed_trials: Of them, those of which something was asked for and has not arrived since.
+        owed: The same of all targets, the experiment's directory among them.
+        failing: Targets of which the last sync left something out, and which are tried again.
+        oldest_s: Seconds since the oldest request that is not answered; 0 if none is owed.
+    """
+
+    trials: int = 0
+    synced: int = 0
+    owed_trials: int = 0
+    owed: int = 0
+    failing: int = 0
+    oldest_s: float = 0.0
+
+
 @dataclass(eq=False)
 class _Place:
     """A target's directory on one node."""
@@ -73,6 +94,27 @@ class _Place:
     # How often the final flush begins anew when the task's process died.
     spare_tries: int = 2
     last_report: SyncReport = SyncReport()
+    # When the oldest request came that no complete sync has answered: of those that wait or were
+    # tried in vain, and of those that the sync under way is to answer. Infinite if there is none.
+    asked: float = math.inf
+    asked_under_way: float = math.inf
+
+    @property
+    def owed_since(self) -> float:
+        return min(self.asked, self.asked_under_way)
+
+    def begin(self, now: float) -> None:
+        """A sync that answers all that was asked for so far is on its way."""
+        self.wanted = self.forced = False
+        self.last_start = now
+        self.submitted += 1
+        self.asked, self.asked_under_way = math.inf, self.owed_since
+
+    def end(self, *, answered: bool) -> None:
+        """That sync is over; what it did not answer is owed for as long as before."""
+        if not answered:
+            self.asked = self.owed_since
+        self.asked_under_way = math.inf
 
     def give_up_one(self) -> None:
         """Count a sync that is named as not done in place of being tried."""
@@ -236,10 +278,10 @@ class Dispatcher:
         if changed:
             self._enqueue(target)
 
-    @staticmethod
-    def _want(place: _Place, forced: bool) -> bool:
+    def _want(self, place: _Place, forced: bool) -> bool:
         if place.lost or (place.wanted and (place.forced or not forced)):
             return False
+        place.asked = min(place.asked, self._clock())
         place.wanted, place.forced = True, place.forced or forced
         return True
 
@@ -334,8 +376,11 @@ class Dispatcher:
         target.running = False
         place.last_report = report
         place.ended = place.submitted
+        place.end(answered=report.complete)
         if report.complete:
             place.last_success = self._clock()
+        if place.lost:
+            place.asked = math.inf  # nothing will try it any more
         self._on_report(target.key, place.node_id, report)
         self._enqueue(target)
 
@@ -378,9 +423,7 @@ class Dispatcher:
         items = deque((target, target.places[lane[0]]) for target in targets)
         jobs = [self._prepare(place.job, self._turn(target, place)) for target, place in items]
         for _, place in items:
-            place.wanted = place.forced = False
-            place.last_start = now
-            place.submitted += 1
+            place.begin(now)
         try:
             budget_s = max(self._end - _END_MARGIN_S - now, 0.0)
             handle = self._executor.submit(lane[0], jobs, budget_s)
@@ -418,6 +461,30 @@ class Dispatcher:
         message = f"node {place.node_id[:8]} is gone; {since}, what was written since is lost"
         self._finish(target, place, _failed(target.key, "NodeDiedError", message))
 
+    # -- how far it is --------------------------------------------------------------------------
+
+    def account(self) -> Account:
+        """What is synced and what is owed now. Looks at every target: not for every step."""
+        trials = synced = owed_trials = owed = failing = 0
+        oldest = math.inf
+        for target in self._targets.values():
+            since, is_whole, was_synced, fails = math.inf, True, False, False
+            for place in target.places.values():
+                since = min(since, place.owed_since)
+                was_synced |= place.last_success is not None
+                if not place.last_report.complete:
+                    is_whole = False
+                    fails |= not place.lost
+            is_trial, is_owed = target.key != EXPERIMENT, since < math.inf
+            trials += is_trial
+            synced += is_trial and is_whole and was_synced
+            owed_trials += is_trial and is_owed
+            owed += is_owed
+            failing += fails
+            oldest = min(oldest, since)
+        oldest_s = self._clock() - oldest if owed else 0.0
+        return Account(trials, synced, owed_trials, owed, failing, oldest_s)
+
     # -- waiting --------------------------------------------------------------------------------
 
     def places(self, key: str) -> list[str]:
@@ -445,13 +512,22 @@ class Dispatcher:
         self._enqueue(target)
         return functools.partial(_is_caught_up, target.places, until)
 
-    def settle(self, keys: Iterable[str], timeout_s: float) -> bool:
-        """Poll until nothing forced or running is left for ``keys``; False if time ran out."""
+    def settle(
+        self,
+        keys: Iterable[str],
+        timeout_s: float,
+        progress: Callable[[int], None] = lambda left: None,
+    ) -> bool:
+        """Poll until nothing forced or running is left for ``keys``; False if time ran out.
+
+        ``progress`` is told again and again how many of them are left; it must not raise.
+        """
         deadline = self._clock() + timeout_s
         targets = [self._targets[key] for key in keys if key in self._targets]
         while True:
             self.poll()
             targets = [t for t in targets if t.running or t.next_due() == -math.inf]
+            progress(len(targets))
             if not targets:
                 return True
             remaining = deadline - self._clock()
@@ -459,8 +535,11 @@ class Dispatcher:
                 return False
             self._executor.wait([b.handle for b in self._batches], min(remaining, 0.1))
 
-    def flush(self, timeout_s: float) -> None:
-        """One more sync of every place of every target; what is not done in time is named."""
+    def flush(self, timeout_s: float, progress: Callable[[int], None] = lambda left: None) -> None:
+        """One more sync of every place of every target; what is not done in time is named.
+
+        ``progress`` is told again and again how many targets are left; it must not raise.
+        """
         self._end = self._clock() + timeout_s
         alive = self._executor.alive_nodes()  # once, however many places there are
         for target in self._targets.values():
@@ -470,7 +549,7 @@ class Dispatcher:
                 self._want(place, forced=True)
             self._choose_anew(target)
             self._enqueue(target)
-        if self.settle(list(self._targets), timeout_s):
+        if self.settle(list(self._targets), timeout_s, progress):
             return
         for batch in list(self._batches):
             if batch.items and batch.item_started is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, code_of, describe
 from tune_sync_plugin.executor import RayExecutor
+from tune_sync_plugin.metrics import Metrics
 from tune_sync_plugin.mirror.start import start_mirror
 from tune_sync_plugin.preflight import Preflight, warnings_about
+from tune_sync_plugin.progress import FlushBar
 from tune_sync_plugin.report import (
     EXPERIMENT,
     ExperimentReport,
@@ -31,6 +34,7 @@ from tune_sync_plugin.report import (
 )
 from tune_sync_plugin.runs import RunFacts
 from tune_sync_plugin.tasks import close_run
+from tune_sync_plugin.watching import Watching
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -86,6 +90,12 @@ class Experiment:
             prepare=_prepare,
         )
         self.dispatcher.add_target(EXPERIMENT, config.experiment_sync_period)
+        self._watching = Watching(
+            report,
+            self.dispatcher.account,
+            Metrics(os.path.basename(storage.experiment_path)),
+            config.sync_period,
+        )
         options = SyncOptions(
             concurrency=config.max_concurrent_transfers,
             timeout_s=config.sync_timeout,
@@ -171,6 +181,7 @@ class Experiment:
                 self.warn_once(warning, warning)
         if self._mirror:
             self._mirrored(self._mirror.poll())
+        self._watching.poll()
 
     def _mirrored(self, report: MirrorReport | None) -> None:
         if report is None:
@@ -184,6 +195,7 @@ class Experiment:
 
     def _on_report(self, key: str, node_id: str, report: SyncReport) -> None:
         self._report.add(key, node_id, report)
+        self._watching.synced(node_id, report)
         if self._mirror:
             self._mirror.synced(key)
         for warning in report.warnings:
@@ -221,7 +233,9 @@ class Experiment:
             timeout_s = self._syncer.time_left()
             # The rest is for the flush, which syncs what that finds out.
             waited = self._attacher.finish(timeout_s / 2)
-            self.dispatcher.flush(timeout_s - waited)
+            with FlushBar() as progress:
+                self.dispatcher.flush(timeout_s - waited, progress)
+            self._watching.ended()
         except Exception as error:
             broken = [FileFailure("all trials", "", type(error).__name__, describe(error))]
         finally:

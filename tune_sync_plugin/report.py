@@ -1,5 +1,7 @@
 """What a sync did, as data, and the one line a person reads at the end.
 
+How it looks as a table, a page or a plot is in ``report_views``.
+
 Plain values that travel from the sync task to the driver; nothing here imports Ray or does I/O.
 """
 
@@ -8,10 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tune_sync_plugin.history import History
+
+if TYPE_CHECKING:
+    import pandas
 
 EXPERIMENT = "experiment"
 """The key under which the driver's own directory is synced and reported."""
+
+MOST_PLOTTED = 10
+"""Trials up to which each has a history of its own; a plot of more lines tells nothing."""
 
 
 class FileFailure(NamedTuple):
@@ -109,6 +119,7 @@ class TrialReport:
         files_uploaded: Files sent, over all syncs.
         bytes_uploaded: Bytes sent, over all syncs.
         bytes_unchanged: Bytes that did not have to be sent again, over all syncs.
+        duration_s: Seconds that all syncs took together.
         last_by_node: The last sync's report by the id of the node it ran on.
         files: Files in storage after the last sync, and ``bytes`` their size.
         restored: What each restart brought back; see :class:`RestoreReport`.
@@ -121,6 +132,7 @@ class TrialReport:
     files_uploaded: int = 0
     bytes_uploaded: int = 0
     bytes_unchanged: int = 0
+    duration_s: float = 0.0
     last_by_node: dict[str, SyncReport] = field(default_factory=dict)
     restored: list[RestoreReport] = field(default_factory=list)
     last_sync: float | None = None
@@ -132,6 +144,7 @@ class TrialReport:
         self.files_uploaded += report.files_uploaded
         self.bytes_uploaded += report.bytes_uploaded
         self.bytes_unchanged += report.bytes_unchanged
+        self.duration_s += report.duration_s
         self.last_by_node[node_id] = report
         # Of several nodes, the one that looked last knows of the others' files as well.
         stored = (report.files_stored, report.bytes_stored)
@@ -146,6 +159,11 @@ class TrialReport:
     @property
     def bytes(self) -> int:
         return self._stored[1]
+
+    @property
+    def files_restored(self) -> int:
+        """Files brought back, over all restarts."""
+        return sum(report.files_restored for report in self.restored)
 
     @property
     def not_restored(self) -> list[FileFailure]:
@@ -221,6 +239,15 @@ class ExperimentReport:
         not_attached: Trials that Ray's own artifact sync still serves, and why.
         mirror: What is in ``upload_dir``; ``None`` without one.
         duration_s: Seconds from the callback's ``setup`` to the end of the final flush.
+        history: When how many bytes had been sent, over all trials and the driver's directory.
+        trial_histories: The same per trial, while there are at most ten of them.
+        latest_failure: What a sync left out last, also if a later one succeeded.
+
+    Example:
+        >>> report = ExperimentReport()
+        >>> report.add("trial_1", "node", SyncReport(files_uploaded=2, bytes_uploaded=10**6))
+        >>> report.to_pandas()["bytes_uploaded"].to_dict()
+        {'experiment': 0, 'trial_1': 1000000}
     """
 
     trials: dict[str, TrialReport] = field(default_factory=dict)
@@ -231,6 +258,9 @@ class ExperimentReport:
     not_attached: dict[str, str] = field(default_factory=dict)
     mirror: MirrorReport | None = None
     duration_s: float = 0.0
+    history: History = field(default_factory=History)
+    trial_histories: dict[str, History] = field(default_factory=dict)
+    latest_failure: FileFailure | None = None
 
     def of(self, key: str) -> TrialReport:
         """The part about one trial, or about the driver's directory."""
@@ -241,8 +271,19 @@ class ExperimentReport:
     def add(self, key: str, node_id: str, report: SyncReport) -> None:
         """Count one more sync."""
         self.of(key).add(node_id, report)
+        self._remember(key, report)
         late = (failure for failure in report.failures if failure.error == "TimeoutError")
         self._timeouts.update(dict.fromkeys(late))
+
+    def _remember(self, key: str, report: SyncReport) -> None:
+        for failure in (*report.deferred, *report.failures)[-1:]:
+            self.latest_failure = failure
+        now = time.time()
+        self.history.add(now, report.bytes_uploaded)
+        if len(self.trials) > MOST_PLOTTED:
+            self.trial_histories.clear()
+        elif key != EXPERIMENT:
+            self.trial_histories.setdefault(key, History()).add(now, report.bytes_uploaded)
 
     @property
     def timeouts(self) -> list[FileFailure]:
@@ -267,7 +308,7 @@ class ExperimentReport:
     @property
     def files_restored(self) -> int:
         """Files brought back to trials that started again."""
-        return sum(report.files_restored for part in self._parts() for report in part.restored)
+        return sum(part.files_restored for part in self._parts())
 
     @property
     def files(self) -> int:
@@ -302,6 +343,40 @@ class ExperimentReport:
             + (f", {len(self.not_attached)} trials left to Ray" if self.not_attached else "")
             + (f"; {self.mirror.summary()}" if self.mirror else "")
         )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for the driver's directory and one per trial; the index is the trial's id.
+
+        The columns are ``files`` and ``bytes`` in storage, ``bytes_uploaded`` and
+        ``bytes_unchanged`` over all syncs, ``failed`` and ``lost`` (failures that a later sync may
+        mend, and those it can't), ``files_restored``, ``duration_s`` (seconds, all syncs together)
+        and ``last_sync`` (UTC; ``NaT`` if no sync was complete).
+        """
+        from tune_sync_plugin import report_views
+
+        return report_views.to_pandas(self)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the bytes uploaded over time: in total and, of at most ten trials, of each.
+
+        Args:
+            ax: matplotlib's axes to draw on. Default: new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is missing; says how to install it.
+        """
+        from tune_sync_plugin import report_views
+
+        return report_views.plot(self, ax)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from tune_sync_plugin import report_views
+
+        return report_views.to_html(self)
 
 
 def human_bytes(count: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from ray.cluster_utils import Cluster
 
 HOST = "127.0.0.1"  # with any other address, 127.0.0.2 too, Ray listens on all interfaces
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Ray's own is ten seconds.
+_METRICS = {"metrics_report_interval_ms": 500}
 _DETECTION = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500}
 
 
@@ -74,6 +77,7 @@ class LocalCluster:
         env_vars: Environment of all nodes' processes, on top of the driver's.
         object_store_mb: Of each node.
         log_to_driver: Whether the nodes' output appears in the test's output.
+        metrics: Whether nodes export metrics, which takes ``ray[default]`` and seconds per node.
     """
 
     _entered: ClassVar[list[LocalCluster]] = []
@@ -88,6 +92,7 @@ class LocalCluster:
         env_vars: Mapping[str, str] | None = None,
         object_store_mb: int = 80,
         log_to_driver: bool = False,
+        metrics: bool = False,
     ) -> None:
         self._workers = workers
         self._num_cpus = num_cpus
@@ -96,6 +101,7 @@ class LocalCluster:
         self._env_vars = dict(env_vars or {})
         self._object_store_bytes = object_store_mb * 1024 * 1024
         self._log_to_driver = log_to_driver
+        self._metrics = metrics
         self._cluster: Any = None
         self._nodes: list[Any] = []  # the head first
         self._stack = contextlib.ExitStack()
@@ -118,7 +124,7 @@ class LocalCluster:
                 num_cpus=self._head_num_cpus,
                 include_dashboard=False,
                 no_monitor=True,
-                _system_config=_DETECTION,
+                _system_config=_DETECTION | (_METRICS if self._metrics else {}),
             )
             for _ in range(self._workers):
                 self.add_node()
@@ -147,14 +153,17 @@ class LocalCluster:
     def _start_node(self, env_vars: Mapping[str, str] | None = None, **options: Any) -> str:
         temp_dir = Path(tempfile.mkdtemp(prefix="ts", dir="/tmp"))
         self.temp_dirs.append(temp_dir)
-        node = self._cluster.add_node(
-            temp_dir=str(temp_dir),
-            node_ip_address=HOST,
-            object_store_memory=self._object_store_bytes,
-            include_log_monitor=self._log_to_driver,
-            env_vars={"PYTHONPATH": _python_path(), **self._env_vars, **(env_vars or {})},
-            **options,
-        )
+        # What Ray looks for to see whether ray[default] is installed.
+        hidden = {} if self._metrics else {"ray.dashboard.optional_deps": None}
+        with mock.patch.dict(sys.modules, hidden):
+            node = self._cluster.add_node(
+                temp_dir=str(temp_dir),
+                node_ip_address=HOST,
+                object_store_memory=self._object_store_bytes,
+                include_log_monitor=self._log_to_driver,
+                env_vars={"PYTHONPATH": _python_path(), **self._env_vars, **(env_vars or {})},
+                **options,
+            )
         self._nodes.append(node)
         return str(node.node_id)
 
