@@ -294,7 +294,13 @@ def _start_driver(cluster: LocalCluster, storage: Path, given: dict[str, Any]) -
 MOMENTS = [random.Random(seed).uniform(0.0, 6.0) for seed in range(10)]
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=[f"{m:.1f} s" for m in MOMENTS])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(m, id=f"{m:.1f} s", marks=[pytest.mark.exhaustive] if n % 2 else [])
+        for n, m in enumerate(MOMENTS)
+    ],
+)
 def test_a_killed_driver_leaves_a_mirror_that_restores(
     cluster: LocalCluster, storage: Path, link: Link, moment: float
 ) -> None:

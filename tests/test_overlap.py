@@ -72,7 +72,7 @@ def _most_at_once(spans: list[tuple[float, float]]) -> int:
     return max(itertools.accumulate(change for _, change in changes))
 
 
-@pytest.mark.parametrize("max_syncs_per_node", [1, 2])
+@pytest.mark.parametrize("max_syncs_per_node", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_no_two_syncs_of_a_trial_overlap(
     storage: Path, tmp_path: Path, max_syncs_per_node: int
 ) -> None:

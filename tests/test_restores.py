@@ -77,7 +77,9 @@ def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS if config["x"] == 1 else 0.1}])
 
 
-@pytest.mark.parametrize("what", ["files", "everything"])
+@pytest.mark.parametrize(
+    "what", ["files", pytest.param("everything", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize(
     ("action", "error"), [("status:403", "PermissionError"), ("hang", "TimeoutError")]
 )
@@ -176,8 +178,8 @@ def _train_by_ray(config: dict[str, Any]) -> None:
     ("where", "by"),
     [
         ("new cluster", "Tuner.restore"),
-        ("new cluster", "tune.run"),
-        ("same cluster", "Tuner.restore"),
+        pytest.param("new cluster", "tune.run", marks=pytest.mark.exhaustive),
+        pytest.param("same cluster", "Tuner.restore", marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_ray_alone_synced_comes_back_by_a_listing(

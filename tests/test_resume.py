@@ -148,7 +148,9 @@ def _stands_still(place: Place, trials: int, last: str) -> bool:
     )
 
 
-@pytest.fixture(scope="module", params=["function", "class"])
+@pytest.fixture(
+    scope="module", params=["function", pytest.param("class", marks=pytest.mark.exhaustive)]
+)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The kind of trainable, and the experiment as it is if nothing happens to it."""
     place = Place.in_directory(tmp_path_factory.mktemp("whole"))
@@ -266,6 +268,15 @@ def test_a_killed_driver_that_had_no_callback(
     figure(f"driver without callback SIGKILLed, {trainable}", written=written, stored=stored)
 
 
+def _works_in(directory: Path) -> bool:
+    """Whether a process is in it."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(process / "cwd")) == directory:
+                return True
+    return False
+
+
 @pytest.fixture
 def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
     yield
@@ -311,8 +322,8 @@ def test_a_killed_driver_of_a_cluster_that_lives_on(
     assert "late.bin" not in at_kill
     on_disk = {path.name: path.read_bytes() for path in disk.iterdir()}
     assert on_disk["log.txt"].endswith(b"1:late\n")
+    wait_until(lambda: not _works_in(disk))  # the trial's process ends with its driver
     hold.unlink()
-    time.sleep(2)  # until the trial's process has ended with its driver
     with Driver(dataclasses.replace(settings, restore=True)) as driver:
         report = driver.report()
 

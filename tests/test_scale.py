@@ -28,7 +28,7 @@ from tune_sync_plugin import SyncCallback, SyncConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-TRIALS, FILES = 200, 50
+TRIALS, FILES = 100, 50
 HOOKS = (
     "on_trial_start",
     "on_trial_result",
@@ -161,7 +161,7 @@ def _run(cluster: LocalCluster, storage: Path, *, ours: bool) -> Any:
     return json.loads(lines[0][len("FIGURES") :])
 
 
-def test_two_hundred_trials(
+def test_a_hundred_trials(
     cluster: LocalCluster, tmp_path: Path, figure: Callable[..., None]
 ) -> None:
     baseline = _run(cluster, tmp_path / "baseline", ours=False)

@@ -159,7 +159,7 @@ def _all_arrive_though(
     ("client", "outage_s"),
     [
         ("obstore", 6),
-        pytest.param("obstore", 60, marks=pytest.mark.slow),
+        pytest.param("obstore", 60, marks=pytest.mark.exhaustive),
         pytest.param("pyarrow", 6, marks=pytest.mark.slow),
         ("s3fs", 6),
     ],
