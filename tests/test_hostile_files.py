@@ -271,6 +271,7 @@ def tune_files() -> set[str]:
     return {"params.json", "params.pkl", "progress.csv", "result.json"}
 
 
+@pytest.mark.exhaustive
 def test_hostile_files_in_a_shared_directory(
     storage: Path, cluster: LocalCluster, figure: Callable[..., None]
 ) -> None:

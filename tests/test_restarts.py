@@ -28,7 +28,7 @@ def check_attempts(place: Place) -> None:
     assert logs[2] == lines(8).decode(), "not what it had left there"
 
 
-@pytest.mark.parametrize("on_checkpoint", [True, False])
+@pytest.mark.parametrize("on_checkpoint", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_log_goes_on_on_another_node(
     place: Place, on_checkpoint: bool, figure: Callable[..., None]
 ) -> None:

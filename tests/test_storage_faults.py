@@ -24,7 +24,11 @@ from tune_sync_plugin.engine.storage import Storage, storage_at
 from tune_sync_plugin.report import SyncReport
 
 # pyarrow does it alone where its options can't be carried over to obstore: rare, and slow here.
-CLIENTS = ["obstore", pytest.param("pyarrow", marks=pytest.mark.slow), "s3fs"]
+CLIENTS = [
+    "obstore",
+    pytest.param("pyarrow", marks=pytest.mark.exhaustive),
+    pytest.param("s3fs", marks=pytest.mark.slow),
+]
 SMALL, BIG = 1000, 12_000_000  # several parts by all
 # The requests for one file if nothing fails. pyarrow begins an upload, sends its parts (of 10 MB)
 # and completes it, also for a small file; the others do that only for a big one. Then S3
@@ -160,8 +164,8 @@ def _all_arrive_though(
     [
         ("obstore", 6),
         pytest.param("obstore", 60, marks=pytest.mark.exhaustive),
-        pytest.param("pyarrow", 6, marks=pytest.mark.slow),
-        ("s3fs", 6),
+        pytest.param("pyarrow", 6, marks=pytest.mark.exhaustive),
+        pytest.param("s3fs", 6, marks=pytest.mark.slow),
     ],
 )
 def test_everything_arrives_after_an_outage(
@@ -224,12 +228,12 @@ PUT = Step("PutObject", r"\.bin(\?|$)", "PUT", SMALL)
         ("obstore", PUT),
         ("obstore", PART),
         ("obstore", COMPLETE),
-        pytest.param("pyarrow", PART, marks=pytest.mark.slow),
-        pytest.param("pyarrow", SMALL_PART, marks=pytest.mark.slow),
-        pytest.param("pyarrow", COMPLETE, marks=pytest.mark.slow),
-        ("s3fs", PUT),
-        ("s3fs", PART),
-        ("s3fs", COMPLETE),
+        pytest.param("pyarrow", PART, marks=pytest.mark.exhaustive),
+        pytest.param("pyarrow", SMALL_PART, marks=pytest.mark.exhaustive),
+        pytest.param("pyarrow", COMPLETE, marks=pytest.mark.exhaustive),
+        pytest.param("s3fs", PUT, marks=pytest.mark.slow),
+        pytest.param("s3fs", PART, marks=pytest.mark.slow),
+        pytest.param("s3fs", COMPLETE, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.operation} {value.size}",
 )

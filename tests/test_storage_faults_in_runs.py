@@ -317,7 +317,9 @@ def test_training_goes_on_when_storage_refuses_from_the_middle_on(
 
 
 @pytest.mark.usefixtures("snapshots")
-@pytest.mark.parametrize("answer", ["hang", "status:500"])
+@pytest.mark.parametrize(
+    "answer", ["hang", pytest.param("status:500", marks=pytest.mark.exhaustive)]
+)
 def test_a_run_ends_soon_after_training_however_storage_is_broken(
     link: Link,
     figure: Callable[..., None],

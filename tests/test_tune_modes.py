@@ -30,7 +30,7 @@ from tests.support.scenarios import report
 from tune_sync_plugin import SyncCallback, SyncConfig, SyncError
 from tune_sync_plugin.dispatcher import Dispatcher
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
 
 def train(config: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ def test_tune_run(storage: Path) -> None:
     assert not callback.report.failures
 
 
-@pytest.mark.parametrize("reuse_actors", [False, True])
+@pytest.mark.parametrize("reuse_actors", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_class_trainables_and_reused_actors(storage: Path, reuse_actors: bool) -> None:
     callback = SyncCallback()
     checkpoints = tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=1)
@@ -167,9 +167,8 @@ def test_asha(storage: Path) -> None:
     assert not callback.report.failures
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("reuse_actors", [False, True])
+@pytest.mark.parametrize("reuse_actors", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_pbt_mixes_nothing_up(
     cluster: LocalCluster, storage: Path, reuse_actors: bool, figure: Callable[..., None]
 ) -> None:
@@ -303,7 +302,7 @@ def _train_fails_once(config: dict[str, Any]) -> None:
     train({**config, "fails_at": -1 if again else config["fails_at"]})
 
 
-@pytest.mark.parametrize("fail_fast", [True, "raise"])
+@pytest.mark.parametrize("fail_fast", [True, pytest.param("raise", marks=pytest.mark.exhaustive)])
 def test_fail_fast(storage: Path, fail_fast: bool | str) -> None:
     callback = SyncCallback()
     tuner = tune.Tuner(
@@ -375,7 +374,14 @@ def test_a_plain_ray_config_works_and_artifacts_are_off_by_default(storage: Path
     assert list(other.glob("exp/*/result.json"))
 
 
-@pytest.mark.parametrize("kind", ["fsspec", "subtree", "dirfs"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fsspec",
+        pytest.param("subtree", marks=pytest.mark.exhaustive),
+        pytest.param("dirfs", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_any_file_system(storage: Path, kind: str) -> None:
     local = fsspec.filesystem("file")
     path = str(storage)

@@ -254,15 +254,17 @@ _URLS = {
     "url sftp": _url_sftp,
     "url webdav": _url_webdav,
 }
-# Those that take minutes for the whole contract, or are by another way what another one is.
-_SLOW = {
-    *("arrow s3 with metadata", "s3fs s3"),
-    *("url azure", "url gcs", "url s3", "url sftp", "url webdav"),
+# Those that take minutes for the whole contract, and those that are by another way what another
+# one is.
+_MARKS = {
+    **dict.fromkeys(("url azure", "url gcs", "url s3", "url sftp", "url webdav"), "slow"),
+    **dict.fromkeys(("arrow s3 with metadata", "s3fs s3"), "exhaustive"),
 }
 
 
 def _marked(kinds: Iterable[str]) -> list[Any]:
-    return [pytest.param(k, marks=[pytest.mark.slow] if k in _SLOW else []) for k in kinds]
+    marks = {kind: [getattr(pytest.mark, name)] for kind, name in _MARKS.items()}
+    return [pytest.param(kind, marks=marks.get(kind, [])) for kind in kinds]
 
 
 URL_KINDS = _marked(_URLS)

@@ -28,6 +28,9 @@ from tests.support.restarts import wait_until
 from tests.support.s3_server import S3Server
 
 needs_s3 = pytest.mark.skipif(s3_server.available() is not None, reason=s3_server.available() or "")
+# Tests of what tests are made of: to be run when that is changed.
+pytestmark = pytest.mark.exhaustive
+
 ODD_NAMES = [
     " lead",
     "trail ",
