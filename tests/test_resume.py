@@ -218,7 +218,7 @@ def test_a_killed_driver_changes_nothing_about_the_result(
     figure(f"driver SIGKILLed, new cluster, {trainable}, {kind}", written=written, stored=stored)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_driver_that_had_no_callback(
     whole: Any, hold: Path, storage: Path, figure: Callable[..., None]
 ) -> None:

@@ -270,7 +270,13 @@ def fit_past_the_break(
     ("client", "answer", "methods", "cause"),
     [
         ("pyarrow", "status:403", WRITES, r"ACCESS_DENIED|AccessDenied"),
-        ("s3fs", "status:404:NoSuchBucket", EVERYTHING, r"NO_SUCH_BUCKET|NoSuchBucket"),
+        pytest.param(
+            "s3fs",
+            "status:404:NoSuchBucket",
+            EVERYTHING,
+            r"NO_SUCH_BUCKET|NoSuchBucket",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=["403", "NoSuchBucket"],
 )
@@ -355,6 +361,7 @@ def test_a_run_ends_soon_after_training_however_storage_is_broken(
 
 
 @pytest.mark.usefixtures("snapshots")
+@pytest.mark.exhaustive
 def test_all_files_of_a_run_arrive_after_an_outage_of_a_minute(
     link: Link, figure: Callable[..., None], tmp_path: Path
 ) -> None:
