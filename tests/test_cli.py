@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from fsspec import registry
 from pyarrow import fs
 
 from tests.engine.support import fill
@@ -276,6 +276,7 @@ def test_a_bucket_that_can_not_be_written_to(link: Link, run: Run) -> None:
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    registry = importlib.import_module("fsspec.registry")
     monkeypatch.delitem(registry._registry, "sftp", raising=False)  # another test's
     monkeypatch.setitem(sys.modules, "sshfs", None)
     monkeypatch.setitem(sys.modules, "fsspec.implementations.sftp", None)

@@ -142,6 +142,7 @@ def run_notebook(name: str, where: Path) -> str:
     )
 
 
+@pytest.mark.slow
 def test_quickstart_notebook(environment: Path, tmp_path: Path) -> None:
     printed = run_notebook("01_quickstart.ipynb", tmp_path)
     trials = trial_dirs(tmp_path / "tune_sync_results")
@@ -176,6 +177,7 @@ def test_each_notebook_is_its_script(name: str) -> None:
     assert (EXAMPLES / name).read_text() == notebook_of(script)
 
 
+@pytest.mark.slow
 def test_object_storage(environment: Path, tmp_path: Path) -> None:
     if reason := s3_server.available():
         pytest.skip(reason)

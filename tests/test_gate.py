@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from tests.support.restarts import wait_until
 from tune_sync_plugin.gate import Gates
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -77,6 +79,12 @@ def actor_pid(gates: Gates) -> int:
     return ray.get(gates._actor.__ray_call__.remote(lambda actor: os.getpid()))
 
 
+def _answers(gates: Gates) -> bool:
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        return actor_pid(gates) > 0
+    return False
+
+
 def test_those_who_wait_when_the_actor_dies_go_on(gates: Gates) -> None:
     promise = gates.promise()
     waiting = waits.remote([promise], PATIENCE_S)
@@ -91,6 +99,7 @@ def test_promises_are_kept_again_after_the_actor_died(gates: Gates) -> None:
     first = gates.promise()
     os.kill(actor_pid(gates), signal.SIGKILL)
     assert is_ready(first)
+    wait_until(lambda: _answers(gates))  # what it is asked while it is dying fails as well
     later = gates.promise()
     waiting = waits.remote([later], PATIENCE_S)
     assert not is_ready(later, 2), "the next trial is not restored before its flush"

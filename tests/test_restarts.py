@@ -52,7 +52,9 @@ def test_a_log_goes_on_on_another_node(
     )
 
 
-@pytest.mark.parametrize("start", ["the driver's node", "another"])
+@pytest.mark.parametrize(
+    "start", ["the driver's node", pytest.param("another", marks=pytest.mark.slow)]
+)
 def test_between_the_drivers_node_and_another(
     storage: Path, start: str, figure: Callable[..., None]
 ) -> None:

@@ -103,7 +103,8 @@ def test_a_hanging_upload_is_killed_and_named(link: Link) -> None:
 
 def test_the_period_is_kept_by_artifacts_and_by_the_experiments_state(link: Link) -> None:
     outcome = scenarios.period(link, "ours")
-    assert 4 <= outcome.extra["log"] <= 5
+    # Four on an idle machine: the first waits for its process to start.
+    assert 3 <= outcome.extra["log"] <= 5
     # From the start of the experiment, not of the trial: the first at once, the last forced.
     assert outcome.extra["state"] <= 2 + outcome.wall_s / 3
     assert len(re.findall(rb"line \d+\n", outcome.content("log.txt"))) == 20
