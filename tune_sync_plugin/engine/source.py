@@ -118,16 +118,26 @@ class Source:
         """
         rolling = Rolling()
         checksum = hasher() if self._etags else rolling
-        left = self.size
-        for chunk in self._bytes(0, self.size, chunk_bytes):
-            checksum.update(chunk)
-            if rolling is not checksum:
-                rolling.update(chunk)
-            left -= len(chunk)
-            if not left:
-                self.must_still_be(rolling.text())
+        for chunk in self.from_there(0, rolling, chunk_bytes):
+            if checksum is not rolling:
+                checksum.update(chunk)
             yield chunk
         self.checksum, self.rolling = checksum.text(), rolling.text()
+
+    def from_there(self, start: int, rolling: Rolling, chunk_bytes: int) -> Iterator[bytes]:
+        """The bytes from ``start`` on, each chunk added to the checksum of those before it.
+
+        Raises:
+            SourceChangedError: As :meth:`chunks`, before the last chunk is handed out: so no
+                storage has the whole by then.
+        """
+        left = self.size - start
+        for chunk in self._bytes(start, self.size, chunk_bytes):
+            rolling.update(chunk)
+            left -= len(chunk)
+            if not left:
+                self._must_still_be(rolling.text())
+            yield chunk
 
     def _bytes(self, start: int, end: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         while start < end:
@@ -144,12 +154,8 @@ class Source:
         """The whole of it, for files small enough to hold in memory."""
         return b"".join(self.chunks())
 
-    def must_still_be(self, rolling: str) -> None:
-        """Called before the last of it is handed out, so that no storage has the whole by then.
-
-        Raises:
-            SourceChangedError: It no longer begins with what was read: it is being rewritten.
-        """
+    def _must_still_be(self, rolling: str) -> None:
+        """Raises if it no longer begins with what was read: it is being rewritten."""
         same = Fingerprint.of(os.fstat(self._fd)) == self.fingerprint
         if same and not self.fingerprint.is_racy(self._opened_ns):
             return  # nothing has been written since
@@ -197,13 +203,7 @@ class Tail:
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         rolling = self._before.copy()
-        left = self.size
-        for chunk in self._source._bytes(self.start, self._source.size, chunk_bytes):
-            rolling.update(chunk)
-            left -= len(chunk)
-            if not left:
-                self._source.must_still_be(rolling.text())
-            yield chunk
+        yield from self._source.from_there(self.start, rolling, chunk_bytes)
         self.rolling = rolling.text()
 
     def read(self) -> bytes:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tune_sync_plugin.engine.index import OUR_DIRECTORY
+from tune_sync_plugin.layout import newest_state
 from tune_sync_plugin.whole_files import copy_files
 
 STATE_FILES = "experiment_state-*.json"
-_STATE = re.compile(r"experiment_state-.*\.json")
 # The paths of checkpoints, in whatever Ray wraps them: plain, or pickled and in hexadecimal.
 _CHECKPOINT = re.compile(rb"([^/\\\"'\x00-\x1f]+/checkpoint_\d{6})(?!\d)")
 _HEX = re.compile(rb'"((?:[0-9a-f]{2}){16,})"')
@@ -39,7 +39,7 @@ class State:
 
 def current_version(experiment: str) -> str | None:
     """Tells whether the state has changed; ``None`` if there is none yet."""
-    newest = max(filter(_STATE.fullmatch, os.listdir(experiment)), default=None)
+    newest = newest_state(os.listdir(experiment))
     if newest is None:
         return None
     status = os.stat(os.path.join(experiment, newest))
@@ -53,7 +53,8 @@ def take(experiment: str, copy: str) -> State | None:
         return None
     trials = frozenset(trials_in(experiment))
     copy_files(experiment, copy)
-    newest = max(filter(_STATE.fullmatch, os.listdir(copy)))
+    newest = newest_state(os.listdir(copy))
+    assert newest  # it was there a moment ago, and states are never removed
     with open(os.path.join(copy, newest), "rb") as file:
         return State(version, frozenset(checkpoints_in(file.read())), trials)
 
