@@ -190,7 +190,8 @@ def test_a_hundred_trials(
     assert run["bytes_uploaded"] >= written
     assert f"synced {TRIALS} trials: " in run["summary"]
     assert " 0 failed" in run["summary"]
-    assert set(run["nodes"]) == set(cluster.node_ids[:2])
+    # How many of them Tune uses for actors that it reuses is up to it and to the machine.
+    assert set(run["nodes"]) <= set(cluster.node_ids[:2])
 
     medians = {name: statistics.median(times) for name, times in run["times"].items() if times}
     assert medians.keys() >= {"on_trial_start", "on_trial_result", "on_trial_complete"}
