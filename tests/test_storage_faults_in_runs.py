@@ -21,6 +21,7 @@ import pytest
 from ray import tune
 
 from tests.support import scenarios
+from tests.support.restarts import meanwhile, wait_until
 from tests.support.retries import TRIES, most_writes
 from tests.support.scenarios import Link
 from tune_sync_plugin import SyncCallback, SyncError
@@ -46,7 +47,12 @@ def _train(config: dict[str, Any]) -> None:
     for step in range(STEPS):
         _write(f"{config['x']}_{step}.bin")
         tune.report({"step": step})
-        time.sleep(config.get("sleep_s", 0.3))
+        time.sleep(0.3)
+    deadline = time.monotonic() + 60
+    while "until" in config and not Path(config["until"]).exists():
+        assert time.monotonic() < deadline
+        tune.report({"step": STEPS})
+        time.sleep(0.3)
 
 
 ON_TWO_NODES = tune.with_resources(_train, {"CPU": 2})
@@ -63,6 +69,12 @@ def stored_bytes(link: Link, callback: SyncCallback, names: set[str]) -> int:
     contents = link.s3.contents(prefix_of(callback))
     by_name = {key.rsplit("/", 1)[-1]: data for key, data in contents.items()}
     return sum(SIZE for name in names if by_name.get(name) == payload(name))
+
+
+def statuses(link: Link, name: str) -> list[int]:
+    """The answers to all tries to write a file of this name."""
+    records = link.proxy.stats().select("PUT", rf"/{re.escape(name)}$").records
+    return [record.status for record in records if record.status]
 
 
 def owed(callback: SyncCallback, names: set[str]) -> int:
@@ -113,17 +125,23 @@ def test_all_files_of_a_run_arrive_though_requests_fail(
 
 @pytest.mark.slow  # the file that is answered 500 is tried for all of sync_timeout
 def test_files_that_are_refused_are_named_and_the_others_arrive(
-    link: Link, figure: Callable[..., None], caplog: pytest.LogCaptureFixture
+    link: Link, tmp_path: Path, figure: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = SyncCallback()
     refuse = {"method": "PUT", "action": "status:403"}
-    with pytest.raises(SyncError) as raised:
+    arrived = tmp_path / "arrived"
+
+    def see_it_arrive() -> None:
+        wait_until(lambda: 200 in statuses(link, "0_2.bin"))
+        arrived.touch()
+
+    with pytest.raises(SyncError) as raised, meanwhile(see_it_arrive):
         scenarios.fit(
             link,
             ON_TWO_NODES,
             by="ours",
             callback=callback,
-            space={**SPACE, "sleep_s": 0.7},
+            space={**SPACE, "until": str(arrived)},
             sync_config={"strict": True, "sync_timeout": 15},
             rules=[
                 {"key_regex": r"/0_1\.bin$", **refuse},
@@ -156,10 +174,7 @@ def test_files_that_are_refused_are_named_and_the_others_arrive(
     # 403: one try per sync. 500: several per sync.
     assert stats.select("PUT", r"/0_1\.bin$").requests >= 3
     assert stats.select("PUT", r"/1_1\.bin$").requests >= 4
-    assert [record.status for record in stats.select("PUT", r"/0_2\.bin$").records] == [
-        *(403, 403),
-        200,
-    ]
+    assert statuses(link, "0_2.bin") == [403, 403, 200]
 
 
 # -- broken from the middle on --------------------------------------------------------------------

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 from tests.fake_executor import FakeClock
-from tune_sync_plugin import progress
 from tune_sync_plugin.dispatcher import Account
 from tune_sync_plugin.metrics import Metrics
-from tune_sync_plugin.progress import FlushBar
+from tune_sync_plugin.progress import Bar, of_flush
 from tune_sync_plugin.report import (
     EXPERIMENT,
     ExperimentReport,
@@ -175,7 +174,7 @@ class TestWhen:
         assert len(caplog.records) == 1
 
 
-class Bar:
+class Tqdm:
     """Stands in for tqdm's."""
 
     def __init__(self, total: int) -> None:
@@ -191,10 +190,10 @@ class Bar:
         self.closed = True
 
 
-class TestFlushBar:
+class TestBar:
     def test_a_short_flush_has_none(self) -> None:
-        clock, bars = FakeClock(), list[Bar]()
-        with FlushBar(lambda total: bars.append(Bar(total)), clock) as tell:
+        clock, bars = FakeClock(), list[Tqdm]()
+        with Bar(lambda total: bars.append(Tqdm(total)), clock=clock) as tell:
             tell(3)
             clock.advance(0.9)
             tell(1)
@@ -203,13 +202,13 @@ class TestFlushBar:
         assert bars == []
 
     def test_it_counts_what_is_done(self) -> None:
-        clock, bar = FakeClock(), Bar(0)
+        clock, bar = FakeClock(), Tqdm(0)
 
-        def make(total: int) -> Bar:
+        def make(total: int) -> Tqdm:
             bar.total = total
             return bar
 
-        with FlushBar(make, clock) as tell:
+        with Bar(make, clock=clock) as tell:
             for left in (12, 12, 7, 7, 7, 2, 0):
                 tell(left)
                 clock.advance(0.6)
@@ -218,8 +217,8 @@ class TestFlushBar:
         assert bar.closed
 
     def test_it_is_not_drawn_at_every_poll(self) -> None:
-        clock, bar = FakeClock(), Bar(0)
-        with FlushBar(lambda total: bar, clock) as tell:
+        clock, bar = FakeClock(), Tqdm(0)
+        with Bar(lambda total: bar, clock=clock) as tell:
             for _ in range(1000):
                 clock.advance(0.01)
                 tell(5)
@@ -232,7 +231,7 @@ class TestFlushBar:
             tries.append(total)
             raise ImportError("no tqdm")
 
-        with FlushBar(make, clock) as tell:
+        with Bar(make, clock=clock) as tell:
             for left in (3, 2, 1, 0):
                 tell(left)
                 clock.advance(2)
@@ -240,7 +239,7 @@ class TestFlushBar:
 
     def test_off_a_terminal_nothing_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
-        bar = progress._make_bar(3)
+        bar = of_flush(3)
         bar.n = 1
         bar.refresh()
         bar.close()
@@ -250,7 +249,7 @@ class TestFlushBar:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         code = (
-            "from tune_sync_plugin import progress; bar = progress._make_bar(12); bar.n = 5;"
+            "from tune_sync_plugin.progress import of_flush; bar = of_flush(12); bar.n = 5;"
             "bar.refresh()"
         )
         subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)

@@ -21,6 +21,7 @@ from tune_sync_plugin.errors import describe
 from tune_sync_plugin.executor import RayExecutor, cause_of
 from tune_sync_plugin.gate import Gates
 from tune_sync_plugin.leftovers import Leftovers
+from tune_sync_plugin.progress import is_seen
 from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, RestoreReport
 from tune_sync_plugin.restoring import Restoring
 
@@ -105,7 +106,7 @@ class Attacher:
             gate, is_flushed = self._gates.promise(), self._flush(key, left)
             # Where a killed driver left it is not known yet; at worst nothing is brought back.
             left = () if self._resumed else left
-            restoring = Restoring(self._job(trial), self._run, left, (gate,))
+            restoring = Restoring(self._job(trial), self._run, left, (gate,), is_seen())
         # From now on it may be anywhere; what it left where it was is requested by this.
         self._dispatcher.set_places(key, {})
         self._forget_attaching(key)

@@ -11,8 +11,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tune_sync_plugin import layout
@@ -21,7 +20,8 @@ from tune_sync_plugin.doctor import check_cluster, check_here
 from tune_sync_plugin.errors import SyncError, describe
 from tune_sync_plugin.places import Place, last_name, place_at
 from tune_sync_plugin.preflight import advice_on
-from tune_sync_plugin.pull import Progress, choose, matching_trials, pull
+from tune_sync_plugin.progress import Bar, of_pull
+from tune_sync_plugin.pull import choose, matching_trials, pull
 from tune_sync_plugin.report import human_bytes
 from tune_sync_plugin.status import status
 from tune_sync_plugin.texts import count_of, cut, lines_about
@@ -214,7 +214,7 @@ def _pull(place: Place, options: argparse.Namespace) -> Found:
     wanted = choose(stored, trials=trials, include=tuple(options.include))
     if not wanted:
         raise SyncError("there is nothing to pull: correct the URL, or --include")
-    with _bar(sum(wanted.values()), hidden=options.json) as progress:
+    with Bar(None if options.json else of_pull, after_s=0.0) as progress:
         done = pull(storage, wanted, destination, progress)
     document |= dataclasses.asdict(done)
     document["failures"] = [each._asdict() for each in done.failures]
@@ -233,18 +233,6 @@ def _refuse_inside(destination: str, source: str) -> None:
     there, here = os.path.realpath(source), os.path.realpath(destination)
     if here == there or here.startswith(there.rstrip(os.sep) + os.sep):
         raise SyncError(f"{destination} is in what is to be pulled: give another DEST")
-
-
-@contextmanager
-def _bar(total: int, *, hidden: bool) -> Iterator[Progress]:
-    """A progress bar on stderr, where somebody looks at it."""
-    if hidden or not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        yield bar.update
 
 
 def _doctor(place: Place, options: argparse.Namespace) -> Found:

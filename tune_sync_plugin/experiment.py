@@ -24,7 +24,7 @@ from tune_sync_plugin.executor import RayExecutor
 from tune_sync_plugin.metrics import Metrics
 from tune_sync_plugin.mirror.start import start_mirror
 from tune_sync_plugin.preflight import Preflight, warnings_about
-from tune_sync_plugin.progress import FlushBar
+from tune_sync_plugin.progress import Bar, of_flush, of_mirror
 from tune_sync_plugin.report import (
     EXPERIMENT,
     ExperimentReport,
@@ -233,7 +233,7 @@ class Experiment:
             timeout_s = self._syncer.time_left()
             # The rest is for the flush, which syncs what that finds out.
             waited = self._attacher.finish(timeout_s / 2)
-            with FlushBar() as progress:
+            with Bar(of_flush) as progress:
                 self.dispatcher.flush(timeout_s - waited, progress)
             self._watching.ended()
         except Exception as error:
@@ -247,7 +247,8 @@ class Experiment:
         finally:
             self._executor.close()
         if self._mirror:
-            self._mirrored(self._mirror.finish(self._syncer.time_left()))
+            with Bar(of_mirror) as progress:
+                self._mirrored(self._mirror.finish(self._syncer.time_left(), progress))
             self._mirror.close()
         failures = self._report.failures + broken
         if not failures:

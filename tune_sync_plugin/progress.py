@@ -1,4 +1,4 @@
-"""The bar that shows, on a terminal or in a notebook, how far a long final flush is.
+"""Bars that show, on a terminal or in a notebook, how far something long is.
 
 The only place that knows tqdm. A bar is a nicety: whatever goes wrong with it is not the run's.
 """
@@ -13,36 +13,41 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# A flush that is over sooner needs no bar.
+# What is over sooner needs no bar, unless somebody has asked for it and waits.
 _AFTER_S = 1.0
 # So often at most it is drawn; its clock goes on meanwhile.
 _EVERY_S = 0.25
+# Without a rate: parts of a flush are too few and too different for one.
+_PARTS = {"bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]", "leave": False}
 
 
-class FlushBar:
-    """Shows how many targets are left; a context manager that gives the function to tell.
+class Bar:
+    """Shows how much is left; a context manager that gives the function to tell.
 
     Args:
-        make: Makes a tqdm bar of so many steps.
+        make: Makes a tqdm bar of so many steps: see :func:`of_flush` and those below it. Without,
+            nothing is shown.
+        after_s: Nothing is shown of what is over sooner; seconds.
         clock: Seconds, monotonic.
 
     Example:
-        >>> with FlushBar() as tell:  # nothing is shown before a second is over
+        >>> with Bar(of_flush) as tell:  # nothing is shown before a second is over
         ...     tell(12)
     """
 
     def __init__(
         self,
-        make: Callable[[int], Any] | None = None,
+        make: Callable[[int], Any] | None,
+        after_s: float = _AFTER_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._make = make or _make_bar
+        self._make = make
         self._clock = clock
-        self._begun = clock()
+        self._from = clock() + after_s
         self._total = 0
         self._bar: Any = None
         self._drawn = 0.0
-        self._broken = False
+        self._is_off = make is None
 
     def __enter__(self) -> Callable[[int], None]:
         return self._tell
@@ -55,14 +60,14 @@ class FlushBar:
         self._total = max(self._total, left)
         now = self._clock()
         is_soon = now - self._drawn < _EVERY_S and left > 0
-        if self._broken or now - self._begun < _AFTER_S or is_soon:
+        if self._is_off or now < self._from or is_soon:
             return
         self._drawn = now
         self._safely(self._draw, left)
 
     def _draw(self, left: int) -> None:
         if self._bar is None:
-            if not left:
+            if not left or not self._make:
                 return
             self._bar = self._make(self._total)
         self._bar.n = self._total - left
@@ -72,20 +77,50 @@ class FlushBar:
         try:
             function(*arguments)
         except Exception as error:
-            self._broken = True
+            self._is_off = True
             logger.debug("the progress bar failed: %s: %s", type(error).__name__, error)
 
 
-def _make_bar(total: int) -> Any:
+def is_seen() -> bool:
+    """Whether somebody looks at this process: on a terminal, or in a notebook."""
     from tqdm import auto
 
-    # Where standard error is not a terminal there is no bar, but a notebook's never is one.
-    in_notebook = any(base.__module__ == "tqdm.notebook" for base in auto.tqdm.__mro__)
-    return auto.tqdm(
-        total=total,
-        desc="final sync",
-        unit=" directories",
-        file=sys.stderr,
-        disable=False if in_notebook else None,
-        leave=False,
+    return sys.stderr.isatty() or any(
+        base.__module__ == "tqdm.notebook" for base in auto.tqdm.__mro__
     )
+
+
+def of_flush(total: int) -> Any:
+    """For the flush at the end of a run; ``total`` counts directories."""
+    return _here(total, desc="final sync", unit="directories", **_PARTS)
+
+
+def of_mirror(total: int) -> Any:
+    """For the mirror's flush; ``total`` counts checkpoints, trials and the experiment's state."""
+    return _here(total, desc="final mirroring", unit="parts", **_PARTS)
+
+
+def of_pull(total: int) -> Any:
+    """For ``tune-sync pull``; ``total`` counts bytes."""
+    return _here(total, unit="B", unit_scale=True)
+
+
+def of_restore(trial_id: str) -> Callable[[int], Any]:
+    """For a trial's artifacts that come back; ``total`` counts bytes.
+
+    Drawn by the driver, to whom Ray passes it on from the process that this is called in. So it is
+    for the driver to know whether it :func:`is_seen`.
+    """
+
+    def make(total: int) -> Any:
+        from ray.experimental import tqdm_ray
+
+        return tqdm_ray.tqdm(desc=f"restoring {trial_id}", total=total, unit="B")
+
+    return make
+
+
+def _here(total: int, **options: Any) -> Any:
+    from tqdm import auto
+
+    return auto.tqdm(total=total, file=sys.stderr, disable=not is_seen(), **options)

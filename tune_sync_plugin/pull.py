@@ -12,7 +12,6 @@ import fcntl
 import math
 import os
 import stat
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ from typing import Literal
 
 from tune_sync_plugin import layout
 from tune_sync_plugin.engine.checksum import ROLLING, checksum_of, has_etag
+from tune_sync_plugin.engine.countdown import Countdown, Progress
 from tune_sync_plugin.engine.filters import Filter
 from tune_sync_plugin.engine.local_storage import LocalStorage
 from tune_sync_plugin.engine.pool import Health, Limits, run
@@ -31,9 +31,6 @@ from tune_sync_plugin.errors import SyncError, describe
 from tune_sync_plugin.verify import Difference
 
 _CONCURRENCY = 32
-
-Progress = Callable[[int], None]
-"""Told of bytes that have come to be there, or with a negative number that they have not."""
 
 
 @dataclass
@@ -99,7 +96,7 @@ def pull(
     storage: Storage,
     wanted: Mapping[str, int],
     destination: str,
-    progress: Progress = lambda count: None,
+    progress: Progress = lambda left: None,
 ) -> Pulled:
     """Download files; what fails is named in what is returned.
 
@@ -107,7 +104,7 @@ def pull(
         storage: Where from.
         wanted: Sizes by paths, as :func:`choose` returns them.
         destination: The directory that they go to. It is made if need be.
-        progress: Told how many bytes have arrived, by any thread.
+        progress: Told how many bytes are left.
 
     Raises:
         SyncError: Another pull goes to the same directory.
@@ -123,7 +120,7 @@ def pull(
         1
     """
     os.makedirs(destination, exist_ok=True)
-    puller = _Puller(storage, destination, progress)
+    puller = _Puller(storage, destination, Countdown(sum(wanted.values()), progress))
     done = Pulled()
     with _alone(destination):
         # Large ones first: the small ones fill the gaps at the end.
@@ -157,40 +154,32 @@ def _alone(directory: str) -> Iterator[None]:
 
 
 class _Puller:
-    def __init__(self, storage: Storage, destination: str, progress: Progress) -> None:
+    def __init__(self, storage: Storage, destination: str, countdown: Countdown) -> None:
         self._storage = storage
         self._root = destination
         self._target = LocalStorage(destination)
-        self._progress = progress
-        self._lock = threading.Lock()
-
-    def _count(self, size: int) -> None:
-        with self._lock:
-            self._progress(size)
+        self._countdown = countdown
 
     def bring(self, job: tuple[str, int], health: Health) -> Literal["fetched", "kept"]:
         """See to it that one file is here."""
         path, size = job
         if not is_inside(self._root, path):
             raise LocalFileError(f"refused: it would be written outside of {self._root}")
-        if self._is_here(path, size):
+        with self._countdown.file(size) as arrived:
+            if self._is_here(path, size):
+                health.succeeded()
+                return "kept"
+            content = _Stored(self._storage, path, size, arrived)
+            try:
+                # The same name for what is half-written, whoever pulls: the next takes it over.
+                self._target.write(path, content, "pull")
+            except OSError as error:
+                if content.failed:
+                    raise
+                path = os.path.join(self._root, path)
+                raise LocalFileError(f"writing {path}: {error}") from error
             health.succeeded()
-            self._count(size)
-            return "kept"
-        content = _Stored(self._storage, path, size, self._count)
-        try:
-            # The same name for what is half-written, whoever pulls: the next pull takes it over.
-            self._target.write(path, content, "pull")
-        except OSError as error:
-            self._count(-content.arrived)
-            if content.failed:
-                raise
-            raise LocalFileError(f"writing {os.path.join(self._root, path)}: {error}") from error
-        except BaseException:
-            self._count(-content.arrived)
-            raise
-        health.succeeded()
-        return "fetched"
+            return "fetched"
 
     def _is_here(self, path: str, size: int) -> bool:
         try:
@@ -219,21 +208,22 @@ class _Puller:
 class _Stored:
     """A file in storage, as what another one is told to write."""
 
-    def __init__(self, storage: Storage, path: str, size: int, progress: Progress) -> None:
+    def __init__(
+        self, storage: Storage, path: str, size: int, arrived: Callable[[int], None]
+    ) -> None:
         self.size = size
-        self.arrived = 0
         self.failed = False
         self._storage = storage
         self._path = path
-        self._progress = progress
+        self._arrived = arrived
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        parts = self._storage.read(self._path)
+        parts, size = self._storage.read(self._path), 0
         while True:
             try:
                 chunk = next(parts, None)
                 if chunk is None:
-                    self._check()
+                    self._check(size)
                     return
             except FileNotFoundError as error:
                 self.failed = True
@@ -241,17 +231,17 @@ class _Stored:
             except BaseException:
                 self.failed = True
                 raise
-            self.arrived += len(chunk)
-            self._progress(len(chunk))
+            size += len(chunk)
+            self._arrived(len(chunk))
             yield chunk
 
-    def _check(self) -> None:
+    def _check(self, size: int) -> None:
         """All of it, as it was listed, or as it is by now."""
-        if self.arrived != self.size:
+        if size != self.size:
             found = self._storage.stat(self._path)
-            if found is None or found.size != self.arrived:
+            if found is None or found.size != size:
                 has = "nothing" if found is None else f"{found.size} bytes"
-                raise OSError(f"{self.arrived} bytes arrived, but storage has {has}")
+                raise OSError(f"{size} bytes arrived, but storage has {has}")
 
     def read(self) -> bytes:
         return b"".join(self.chunks())

@@ -193,6 +193,7 @@ class MirrorReport:
         states_passed_over: States that could not be mirrored, since a checkpoint that they name was
             deleted before it could be kept; a later one took their place.
         last_state: When the last state arrived, in seconds since the epoch; ``None`` if none did.
+        owed: Checkpoints, trials and states that have yet to go there.
         failures: What is not there.
         warnings: What nodes can't do, and what to do about it.
     """
@@ -206,6 +207,7 @@ class MirrorReport:
     states: int = 0
     states_passed_over: int = 0
     last_state: float | None = None
+    owed: int = 0
     failures: list[FileFailure] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

@@ -15,6 +15,7 @@ import ray
 from tune_sync_plugin.directories import Directories, Run, SyncJob, this_node
 from tune_sync_plugin.engine.restore import restore
 from tune_sync_plugin.errors import describe
+from tune_sync_plugin.progress import Bar, of_restore
 from tune_sync_plugin.report import FileFailure, RestoreReport
 
 
@@ -28,12 +29,14 @@ class Restoring:
         left: The ids of the nodes where the trial was earlier in this run.
         flushed: A reference that is ready when these hold nothing unsynced any more. In a tuple,
             so that one that fails does not fail the attach.
+        is_seen: Whether the driver can show how far it is.
     """
 
     job: SyncJob
     run: Run
     left: tuple[str, ...] = ()
     flushed: tuple[Any, ...] = ()
+    is_seen: bool = False
 
 
 def bring_back(restoring: Restoring) -> RestoreReport | None:
@@ -58,7 +61,15 @@ def bring_back(restoring: Restoring) -> RestoreReport | None:
         left_s = max(job.options.timeout_s - (time.monotonic() - started), 10.0)
         # Where the run is ours from its start, no index means that nothing was sent.
         options = place.restoring(left_s, without_index=run.facts.resumed)
-        report = restore(place.to_restore(), place.storage, place.manifest, options, label=job.key)
+        with Bar(of_restore(job.key) if restoring.is_seen else None) as progress:
+            report = restore(
+                place.to_restore(),
+                place.storage,
+                place.manifest,
+                options,
+                label=job.key,
+                progress=progress,
+            )
         return replace(report, warnings=(*unflushed, *report.warnings))
     except Exception as error:
         message = f"restoring from {job.destination} failed: {describe(error)}"

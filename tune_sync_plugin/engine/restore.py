@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from tune_sync_plugin.engine import index as indexes
 from tune_sync_plugin.engine.checksum import checksum_of, etag_matches, hasher, is_like
+from tune_sync_plugin.engine.countdown import Countdown, Progress
 from tune_sync_plugin.engine.index import Entry, Index
 from tune_sync_plugin.engine.manifest import Manifest
 from tune_sync_plugin.engine.plan import Record
@@ -72,6 +73,7 @@ def restore(
     options: RestoreOptions = RestoreOptions(),
     *,
     label: str = "",
+    progress: Progress = lambda left: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> RestoreReport:
     """Bring back what storage's index names and is not here; raises nothing but bugs.
@@ -85,6 +87,7 @@ def restore(
         manifest_path: The manifest that syncs of these directories use.
         options: See :class:`RestoreOptions`.
         label: Who this is for (a trial's id); repeated in the report's failures.
+        progress: Told how many bytes are left.
         clock: Seconds, monotonic.
 
     Example:
@@ -128,7 +131,7 @@ def restore(
         staging = f"{manifest_path}.restoring-{manifest.run_id}"
         for left in glob.glob(f"{glob.escape(manifest_path)}.restoring-*"):
             shutil.rmtree(left, ignore_errors=True)  # of a restore that was killed
-        restorer = _Restorer(roots, storage, manifest, limits, label, staging, options)
+        restorer = _Restorer(roots, storage, manifest, limits, label, staging, options, progress)
         report = restorer.bring_back(index, nobody_else=nobody_else)
         manifest.see(stored)
         return replace(
@@ -169,6 +172,7 @@ class _Restorer:
     label: str
     staging: str
     options: RestoreOptions
+    progress: Progress
     _over: bool = field(default=False, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -181,8 +185,14 @@ class _Restorer:
         fetches = self._choose(index, nobody_else, tally)
         # Small ones first: most of them are back, whatever happens to the rest.
         fetches.sort(key=lambda fetch: (fetch.entry.size or 0, fetch.path))
+        countdown = Countdown(sum(fetch.entry.size or 0 for fetch in fetches), self.progress)
+
+        def bring(fetch: _Fetch, health: Health) -> Record | Verdict:
+            with countdown.file(fetch.entry.size or 0) as arrived:
+                return self._fetch(fetch, health, arrived)
+
         try:
-            for fetch, result in run(fetches, self._fetch, self.limits):
+            for fetch, result in run(fetches, bring, self.limits):
                 self._take(fetch, result, tally)
         finally:
             with self._lock:
@@ -237,7 +247,9 @@ class _Restorer:
         message = f"restoring {self.storage.name}/{fetch.path} failed: {describe(error)}"
         return FileFailure(self.label, fetch.path, type(error).__name__, message)
 
-    def _fetch(self, fetch: _Fetch, health: Health) -> Record | Verdict:
+    def _fetch(
+        self, fetch: _Fetch, health: Health, arrived: Callable[[int], None]
+    ) -> Record | Verdict:
         """Bring one file back, unless what is here turns out to be it, or not to be replaced."""
         staged = os.path.join(self.staging, f"{threading.get_ident()}")
         record = fetch.record
@@ -255,7 +267,7 @@ class _Restorer:
         try:
             with _locally(self.staging):
                 os.makedirs(self.staging, exist_ok=True)
-            checksum = self._download(fetch, staged)
+            checksum = self._download(fetch, staged, arrived)
             health.succeeded()
             if record and self._equals(staged, checksum, record.checksum):
                 return Verdict.KEPT
@@ -264,7 +276,7 @@ class _Restorer:
             with contextlib.suppress(OSError):
                 os.unlink(staged)
 
-    def _download(self, fetch: _Fetch, staged: str) -> str:
+    def _download(self, fetch: _Fetch, staged: str, arrived: Callable[[int], None]) -> str:
         path, entry = fetch.path, fetch.entry
         checksum, size = hasher(entry.checksum), 0
         with _locally(staged):
@@ -279,6 +291,7 @@ class _Restorer:
                     view = memoryview(chunk)
                     while view:
                         view = view[out.write(view) :]
+                arrived(len(chunk))
         text = checksum.text()
         if size == entry.size and entry.checksum and self._equals(staged, text, entry.checksum):
             return text

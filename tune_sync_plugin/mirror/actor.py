@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,11 +200,20 @@ class Mirror:
             return None
         return self._last
 
-    def finish(self, timeout_s: float) -> MirrorReport:
-        """Mirror all there is now, for at most so long; returns the last report."""
+    def finish(
+        self, timeout_s: float, progress: Callable[[int], None] = lambda left: None
+    ) -> MirrorReport:
+        """Mirror all there is now, for at most so long; returns the last report.
+
+        ``progress`` is told now and then how many parts are left; it must not raise.
+        """
         try:
+            until = time.monotonic() + timeout_s + _ANSWER_S
             end = self._actor.finish.remote(timeout_s)
-            report: MirrorReport = ray.get(end, timeout=timeout_s + _ANSWER_S)
+            while time.monotonic() < until and not ray.wait([end], timeout=_STEP_S)[0]:
+                self.poll()
+                progress(self._last.owed)
+            report: MirrorReport = ray.get(end, timeout=0)
             return report
         except Exception as error:
             message = f"the mirror's process failed: {describe(error)}"

@@ -122,7 +122,9 @@ class Mirroring:
         """What was done so far."""
         with self._lock:
             failures = [failure for named in self._failures.values() for failure in named]
-            return replace(self._report, failures=failures, warnings=[])
+            checkpoints = self._pending.checkpoints if self._pending else ()
+            owed = self._owed() | {name for name in checkpoints if not self._ledger.has(name)}
+            return replace(self._report, owed=len(owed), failures=failures, warnings=[])
 
     # -- the loop -------------------------------------------------------------------------------
 
