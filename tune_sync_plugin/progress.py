@@ -83,11 +83,11 @@ class Bar:
 
 def is_seen() -> bool:
     """Whether somebody looks at this process: on a terminal, or in a notebook."""
-    from tqdm import auto
-
-    return sys.stderr.isatty() or any(
-        base.__module__ == "tqdm.notebook" for base in auto.tqdm.__mro__
-    )
+    if sys.stderr.isatty():
+        return True
+    ipython = sys.modules.get("IPython")  # which is there wherever a notebook is
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def of_flush(total: int) -> Any:

@@ -28,7 +28,8 @@ class Watching:
         report: What was synced so far.
         account: Tells what is owed.
         metrics: Get what is found.
-        line_every_s: Least seconds between two lines; with less than ``EVERY_S``, that counts.
+        period_s: Least seconds between two lines, and between two syncs of a trial; of the lines,
+            ``EVERY_S`` counts where it is more.
         clock: Seconds, monotonic.
     """
 
@@ -37,7 +38,7 @@ class Watching:
         report: ExperimentReport,
         account: Callable[[], Account],
         metrics: Metrics,
-        line_every_s: float,
+        period_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._report = report
@@ -45,10 +46,10 @@ class Watching:
         self._metrics = metrics
         self._clock = clock
         now = clock()
-        self._line = StatusLine(now)
-        self._line_every_s = line_every_s
+        self._line = StatusLine(now, period_s)
+        self._period_s = period_s
         self._look_at = now + EVERY_S
-        self._line_at = now + self._line_every_s
+        self._line_at = now + self._period_s
 
     def synced(self, node_id: str, report: SyncReport) -> None:
         """A sync has ended, and is in the report."""
@@ -67,7 +68,7 @@ class Watching:
         line = self._line.next(self._report, account, now)
         if line:
             # Where nothing was new, what comes next is said soon.
-            self._line_at = now + self._line_every_s
+            self._line_at = now + self._period_s
             logger.info(line)
 
     def ended(self) -> None:
