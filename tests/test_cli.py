@@ -19,10 +19,10 @@ from tests.engine.support import fill
 from tests.support.cluster import REPOSITORY, LocalCluster
 from tests.support.scenarios import Link
 from tests.test_verify import summary, upload
-from tune_sync_plugin.cli import main
-from tune_sync_plugin.doctor import Checked
+from tune_sync_plugin.cli.doctor import Checked
+from tune_sync_plugin.cli.main import main
+from tune_sync_plugin.cli.places import Place
 from tune_sync_plugin.engine.storage import storage_at
-from tune_sync_plugin.places import Place
 from tune_sync_plugin.report import ExperimentReport, FileFailure, SyncReport
 from tune_sync_plugin.runs import RunFacts, claim
 
@@ -234,7 +234,7 @@ def test_status_and_pull_need_no_ray(exp: Path) -> None:
     script = """
 import sys
 sys.modules["ray"] = None
-from tune_sync_plugin.cli import main
+from tune_sync_plugin.cli.main import main
 codes = [main(["status", sys.argv[1]]), main(["pull", sys.argv[1], sys.argv[2]])]
 codes += [main(["doctor", sys.argv[1]])]
 sys.exit(max(codes))

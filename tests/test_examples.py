@@ -21,7 +21,7 @@ from tests.support import s3_server
 from tests.support.notebooks import EXAMPLES, NOTEBOOKS, notebook_of
 
 SUMMARY = re.compile(
-    r"synced (\d+) trials: (\d+) files, [\d.]+ \w+ uploaded, [\d.]+ \w+ unchanged, (\d+) failed"
+    r"synced (\d+) trials?: (\d+) files?, [\d.]+ \w+ uploaded, [\d.]+ \w+ unchanged, (\d+) failed"
 )
 
 

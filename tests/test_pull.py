@@ -21,12 +21,12 @@ import pytest
 from tests.engine.support import fill
 from tests.support.cluster import REPOSITORY
 from tests.support.scenarios import Link
-from tune_sync_plugin.best import best_trial
-from tune_sync_plugin.cli import main
+from tune_sync_plugin.cli.best import best_trial
+from tune_sync_plugin.cli.main import main
+from tune_sync_plugin.cli.pull import pull
 from tune_sync_plugin.engine.checksum import checksum_of, has_etag
 from tune_sync_plugin.engine.index import INDEX
 from tune_sync_plugin.engine.local_storage import LocalStorage
-from tune_sync_plugin.pull import pull
 
 FILES = {
     "tuner.pkl": b"pickle",

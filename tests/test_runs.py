@@ -18,7 +18,7 @@ from ray import tune
 from tests.support.cluster import REPOSITORY, LocalCluster
 from tests.test_tune_modes import run_config, train
 from tune_sync_plugin import SyncCallback
-from tune_sync_plugin.cli import main
+from tune_sync_plugin.cli.main import main
 from tune_sync_plugin.engine.storage import Storage, storage_at
 from tune_sync_plugin.report import ExperimentReport
 from tune_sync_plugin.runs import RUN, SUMMARY, RunFacts, claim, close, read_summary, summarize

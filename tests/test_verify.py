@@ -15,7 +15,7 @@ from pyarrow import fs
 from tests.engine.support import fill
 from tests.support.cluster import REPOSITORY
 from tests.support.scenarios import Link
-from tune_sync_plugin.cli import main
+from tune_sync_plugin.cli.main import main
 from tune_sync_plugin.engine.index import INDEX
 from tune_sync_plugin.engine.keeper import Indexing
 from tune_sync_plugin.engine.storage import Storage, storage_at
@@ -71,7 +71,7 @@ def test_all_there(exp: Path, run: Run) -> None:
     code, out, err = run(str(exp))
     assert (code, out, err) == (0, "2 trials, 6 files, 6.0 MB: all there\n", "")
     assert run(f"file://{exp}")[0] == 0
-    assert run(str(exp / "trial_1"))[1].startswith("1 trials, 3 files, 3.0 MB: all there")
+    assert run(str(exp / "trial_1"))[1].startswith("1 trial, 3 files, 3.0 MB: all there")
     assert run(str(exp.parent))[0] == 0, "a directory above experiments is fine too"
 
 
@@ -175,7 +175,7 @@ def test_on_s3_by_etags(tmp_path: Path, link: Link, run: Run) -> None:
     upload(tmp_path, storage_at(filesystem, f"{path}/trial_1"), "trial_1")
     link.proxy.reset_stats()
     code, out, _ = run(uri)
-    assert (code, out.split(":")[0]) == (0, "1 trials, 3 files, 3.0 MB")
+    assert (code, out.split(":")[0]) == (0, "1 trial, 3 files, 3.0 MB")
     stats = link.proxy.stats()
     assert stats.select("HEAD", "trial_1/(log|sub|big)").requests == 3
     assert stats.select("GET", "trial_1/(log|sub|big)").requests == 0, "nothing is downloaded"

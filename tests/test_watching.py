@@ -53,7 +53,7 @@ class TestStatusLine:
 
     def test_what_is_not_there_is_not_said(self) -> None:
         line = StatusLine(0, PERIOD_S).next(uploaded(1000), Account(1, 1), 10)
-        assert line == "synced 1 of 1 trials, 1.0 KB up (100 B/s)"
+        assert line == "synced 1 of 1 trial, 1.0 KB up (100 B/s)"
 
     def test_without_artifacts_it_speaks_of_the_state_alone(self) -> None:
         report = ExperimentReport(artifacts=False)
@@ -161,7 +161,7 @@ class TestWhen:
         assert not caplog.records
         watched.run(121)
         assert [record.levelname for record in caplog.records] == ["INFO"] * 3
-        assert caplog.messages[0].startswith("synced 1 of 1 trials, 24.0 KB up (400 B/s)")
+        assert caplog.messages[0].startswith("synced 1 of 1 trial, 24.0 KB up (400 B/s)")
 
     def test_never_more_often_than_every_ten_seconds(
         self, caplog: pytest.LogCaptureFixture

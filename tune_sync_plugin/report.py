@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tune_sync_plugin.history import History
+from tune_sync_plugin.words import count_of, human_bytes
 
 if TYPE_CHECKING:
     import pandas
@@ -222,9 +223,10 @@ class MirrorReport:
             >>> MirrorReport("s3://bucket/exp", bytes_uploaded=10**6).summary()
             'mirror s3://bucket/exp: 1.0 MB uploaded, 0 checkpoints (0 skipped), 0 failed'
         """
+        checkpoints = count_of(self.checkpoints_uploaded, "checkpoint")
         return (
             f"mirror {self.url}: {human_bytes(self.bytes_uploaded)} uploaded, "
-            f"{self.checkpoints_uploaded} checkpoints ({self.checkpoints_skipped} skipped), "
+            f"{checkpoints} ({self.checkpoints_skipped} skipped), "
             f"{len(self.failures)} failed"
         )
 
@@ -334,15 +336,17 @@ class ExperimentReport:
             >>> ExperimentReport().summary()
             'synced 0 trials: 0 files, 0 B uploaded, 0 B unchanged, 0 failed, 0.0 s'
         """
-        trials = f"{len(self.trials)} trials" if self.artifacts else "no artifacts (they are off)"
+        trials = count_of(len(self.trials), "trial")
+        left = count_of(len(self.not_attached), "trial")
         return (
-            f"synced {trials}: {self.files} files, "
+            f"synced {trials if self.artifacts else 'no artifacts (they are off)'}: "
+            f"{count_of(self.files, 'file')}, "
             f"{human_bytes(self.bytes_uploaded)} uploaded, "
             f"{human_bytes(self.bytes_unchanged)} unchanged, "
             f"{len(self.failures)} failed, {self.duration_s:.1f} s"
             + (f", {self.files_restored} restored" if self.files_restored else "")
             + (f", {len(self.not_restored)} not restored" if self.not_restored else "")
-            + (f", {len(self.not_attached)} trials left to Ray" if self.not_attached else "")
+            + (f", {left} left to Ray" if self.not_attached else "")
             + (f"; {self.mirror.summary()}" if self.mirror else "")
         )
 
@@ -379,17 +383,3 @@ class ExperimentReport:
         from tune_sync_plugin import report_views
 
         return report_views.to_html(self)
-
-
-def human_bytes(count: float) -> str:
-    """A byte count in decimal units, as storage providers bill them.
-
-    Example:
-        >>> human_bytes(1_234_567)
-        '1.2 MB'
-    """
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < (1000 if unit == "B" else 999.95):  # no "1000.0 KB"
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

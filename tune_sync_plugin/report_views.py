@@ -11,7 +11,8 @@ from datetime import datetime, timezone
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, TrialReport, human_bytes
+from tune_sync_plugin.report import EXPERIMENT, ExperimentReport, TrialReport
+from tune_sync_plugin.words import human_bytes
 
 if TYPE_CHECKING:
     import pandas

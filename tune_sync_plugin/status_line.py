@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tune_sync_plugin.dispatcher import Account
-from tune_sync_plugin.report import ExperimentReport, FileFailure, human_bytes
+from tune_sync_plugin.report import ExperimentReport, FileFailure
+from tune_sync_plugin.words import count_of, human_bytes
 
 # Storage's answers can be pages long; all of them are in the report.
 _MOST_OF_AN_ERROR = 300
@@ -51,7 +52,7 @@ class StatusLine:
         self._last, self._failure = news, report.latest_failure
         self._then, self._bytes = now, uploaded
         parts = [
-            f"synced {account.synced} of {account.trials} trials"
+            f"synced {account.synced} of {count_of(account.trials, 'trial')}"
             if report.artifacts
             else "syncing the experiment's state (artifacts are off)",
             f"{human_bytes(uploaded)} up ({human_bytes(rate)}/s)",

@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from tune_sync_plugin import layout
+from tune_sync_plugin.cli.verify import Difference
 from tune_sync_plugin.engine.checksum import ROLLING, checksum_of, has_etag
 from tune_sync_plugin.engine.countdown import Countdown, Progress
 from tune_sync_plugin.engine.filters import Filter
@@ -28,7 +29,6 @@ from tune_sync_plugin.engine.source import CHUNK_BYTES
 from tune_sync_plugin.engine.storage import Storage, holds
 from tune_sync_plugin.engine.verdict import is_inside
 from tune_sync_plugin.errors import SyncError, describe
-from tune_sync_plugin.verify import Difference
 
 _CONCURRENCY = 32
 

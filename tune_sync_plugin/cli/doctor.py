@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tune_sync_plugin.cli.places import Place
 from tune_sync_plugin.errors import SyncError, describe
-from tune_sync_plugin.places import Place
 from tune_sync_plugin.preflight import LIMIT_S, START_S, Finding, Preflight, try_storage
 
 _STEP_S = 0.05

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timezone
 
-from tune_sync_plugin.report import human_bytes
-from tune_sync_plugin.status import RAY, Status
+from tune_sync_plugin.cli.status import RAY, Status
+from tune_sync_plugin.words import count_of, human_bytes
 
 # So many lines about what is not there are read; the rest is in --json.
 _LINES = 50
@@ -35,16 +35,6 @@ def lines_about(found: Status, url: str) -> Iterator[str]:
         states = ", ".join(f"{count} {name}" for name, count in found.trial_states.items())
         yield f"  newest experiment state: {found.state}{f': {states}' if states else ''}"
     yield from cut([f"  {problem}" for problem in found.problems])
-
-
-def count_of(count: int, what: str) -> str:
-    """So many of something.
-
-    Example:
-        >>> count_of(1, "file"), count_of(2, "file")
-        ('1 file', '2 files')
-    """
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _age(then: str) -> str:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from tune_sync_plugin import layout
+from tune_sync_plugin.cli.verify import MISSING, Difference, against_indexes, by_summary
 from tune_sync_plugin.engine.index import INDEX
 from tune_sync_plugin.engine.storage import Storage
 from tune_sync_plugin.errors import SyncError
 from tune_sync_plugin.runs import read_run, read_summary
-from tune_sync_plugin.verify import MISSING, Difference, against_indexes, by_summary
 
 US, RAY = "tune_sync_plugin", "ray"
 

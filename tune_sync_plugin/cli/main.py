@@ -15,17 +15,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tune_sync_plugin import layout
-from tune_sync_plugin.best import RESULTS, best_trial
-from tune_sync_plugin.doctor import check_cluster, check_here
+from tune_sync_plugin.cli.best import RESULTS, best_trial
+from tune_sync_plugin.cli.doctor import check_cluster, check_here
+from tune_sync_plugin.cli.places import Place, last_name, place_at
+from tune_sync_plugin.cli.pull import choose, matching_trials, pull
+from tune_sync_plugin.cli.status import status
+from tune_sync_plugin.cli.texts import cut, lines_about
+from tune_sync_plugin.cli.verify import verify
 from tune_sync_plugin.errors import SyncError, describe
-from tune_sync_plugin.places import Place, last_name, place_at
 from tune_sync_plugin.preflight import advice_on
 from tune_sync_plugin.progress import Bar, of_pull
-from tune_sync_plugin.pull import choose, matching_trials, pull
-from tune_sync_plugin.report import human_bytes
-from tune_sync_plugin.status import status
-from tune_sync_plugin.texts import count_of, cut, lines_about
-from tune_sync_plugin.verify import verify
+from tune_sync_plugin.words import count_of, human_bytes
 
 _OK, _DIFFERENT, _FAILED, _INTERRUPTED = 0, 1, 2, 130
 
@@ -177,7 +177,8 @@ def _verify(place: Place, options: argparse.Namespace) -> Found:
     found = verify(place.root(), contents=not options.sizes_only)
     count = len(found.differences)
     last = (
-        f"{found.trials} trials, {found.files} files, {human_bytes(found.bytes)}: "
+        f"{count_of(found.trials, 'trial')}, {count_of(found.files, 'file')}, "
+        f"{human_bytes(found.bytes)}: "
         + ("all there" if not count else count_of(count, "difference"))
         + ("" if found.ended else "; the run has not ended, or was killed")
     )
