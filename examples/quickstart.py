@@ -96,8 +96,11 @@ def show_what_arrived(result: tune.Result, node: str) -> list[str]:
     arrived = {path.relative_to(trial_dir).as_posix(): path.read_bytes() for path in files}
 
     def kind(name: str) -> str:
-        other = "checkpoint" if name.startswith("checkpoint_") else "from Ray"
-        return "artifact" if name in expected else other
+        if name in expected:
+            return "artifact"
+        if name.startswith(".tune_sync/"):
+            return "our own"
+        return "checkpoint" if name.startswith("checkpoint_") else "from Ray"
 
     print(f"\nlr {result.config['lr']} on {node}: {trial_dir.name}/")
     for name in sorted(arrived, key=lambda name: (kind(name), name)):

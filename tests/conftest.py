@@ -86,7 +86,7 @@ def storage(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["directory", "S3"])
+@pytest.fixture(params=[pytest.param("directory", marks=pytest.mark.exhaustive), "S3"])
 def place(request: pytest.FixtureRequest) -> Place:
     """Where an experiment goes, twice: a directory that all nodes share, and S3 by the proxy."""
     if request.param == "S3":

@@ -161,7 +161,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["directory", "S3"])
+@pytest.mark.parametrize("kind", ["directory", pytest.param("S3", marks=pytest.mark.exhaustive)])
 def test_a_killed_driver_changes_nothing_about_the_result(
     whole: Any,
     kind: str,
@@ -285,7 +285,10 @@ def _no_blockers(cluster: LocalCluster) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_no_blockers")
-@pytest.mark.parametrize("moves", [False, True], ids=["stays", "moves"])
+@pytest.mark.parametrize(
+    "moves",
+    [pytest.param(False, id="stays", marks=pytest.mark.exhaustive), pytest.param(True, id="moves")],
+)
 def test_a_killed_driver_of_a_cluster_that_lives_on(
     cluster: LocalCluster, moves: bool, hold: Path, storage: Path, figure: Callable[..., None]
 ) -> None:

@@ -97,6 +97,7 @@ class Disk:
         storage: Storage | None = None,
         clock: Callable[[], float] = time.monotonic,
         roots: Mapping[str, str] = MappingProxyType({}),
+        progress: Callable[[int], None] = lambda left: None,
         **options: Any,
     ) -> RestoreReport:
         """One restore; ``options`` are fields of RestoreOptions."""
@@ -107,6 +108,7 @@ class Disk:
             str(self.manifest),
             RestoreOptions(**{"writer": self.node, "timeout_s": 20, **options}),
             label="trial_1",
+            progress=progress,
             clock=clock,
         )
 

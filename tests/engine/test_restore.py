@@ -4,6 +4,7 @@ directory."""
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import threading
@@ -513,8 +514,13 @@ def test_read_errors_that_pass_do(one: Disk, pauses: list[float]) -> None:
                 yield chunk[3:]
 
     two = one.beside("node-2")
-    assert two.restore(Unsteady(one.inner)).failures == ()
+    left: list[int] = []
+    assert two.restore(Unsteady(one.inner), progress=left.append).failures == ()
     assert tree(two.root) == FILES
+    # What arrived of a file that failed is owed again.
+    assert left[0] == max(left) == sum(map(len, FILES.values()))
+    assert (left[-1], min(left)) == (0, 0)
+    assert any(after > before for before, after in itertools.pairwise(left))
 
 
 def test_read_errors_that_stay_are_named_and_show_no_secret(one: Disk) -> None:

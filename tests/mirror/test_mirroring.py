@@ -32,6 +32,7 @@ def test_everything_arrives(world: World) -> None:
     assert (world.mirror / "t1" / "result.json").read_bytes() == b"{}"
     report = world.mirroring.report()
     assert (report.checkpoints_uploaded, report.states, report.failures) == (2, 1, [])
+    assert report.owed == 0
 
 
 def test_a_state_waits_for_its_checkpoints(world: World) -> None:
@@ -39,6 +40,7 @@ def test_a_state_waits_for_its_checkpoints(world: World) -> None:
     world.experiment.write_state()
     world.step()
     assert world.calls.names() == ["t1", "t1/checkpoint_000000"]
+    assert world.mirroring.report().owed == 3, "these, and the state"
     world.calls.end_one("t1")
     world.step()
     assert world.calls.names() == ["t1/checkpoint_000000"]
@@ -332,7 +334,8 @@ def test_what_is_owed_at_the_end_of_time_is_named(world: World) -> None:
     world.mirroring.finish()
     world.step()
     world.mirroring.give_up("no time is left")
-    assert {f.trial for f in world.mirroring.report().failures} >= {"state"}
+    named = {f.trial for f in world.mirroring.report().failures}
+    assert named == {"state", "t1", "t1/checkpoint_000000"}, "what was under way, too"
 
 
 OPERATIONS = st.sampled_from(

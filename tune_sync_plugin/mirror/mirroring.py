@@ -122,9 +122,7 @@ class Mirroring:
         """What was done so far."""
         with self._lock:
             failures = [failure for named in self._failures.values() for failure in named]
-            checkpoints = self._pending.checkpoints if self._pending else ()
-            owed = self._owed() | {name for name in checkpoints if not self._ledger.has(name)}
-            return replace(self._report, owed=len(owed), failures=failures, warnings=[])
+            return replace(self._report, owed=len(self._owed()), failures=failures, warnings=[])
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -185,15 +183,17 @@ class Mirroring:
     def give_up(self, why: str) -> None:
         """Stop; name what is owed."""
         with self._lock:
+            owed = self._owed()
             self._spread.stop()
-            for name in self._owed():
+            for name in owed:
                 self._failures.setdefault(
                     name, (FileFailure(name, "", "TimeoutError", f"not mirrored: {why}"),)
                 )
             self._release_all()
 
     def _owed(self) -> set[str]:
-        owed = set(self._changed)
+        under_way = self._spread.names - {_END}
+        owed = self._changed | {name for name in under_way if not name.startswith(_REMOVE)}
         version = current_version(self._experiment)
         if self._pending or version != (self._arrived and self._arrived.version):
             owed.add(_STATE)

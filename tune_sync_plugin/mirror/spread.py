@@ -104,6 +104,11 @@ class Spread:
         return name in self._names
 
     @property
+    def names(self) -> set[str]:
+        """Of all that waits or runs."""
+        return set(self._names)
+
+    @property
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
