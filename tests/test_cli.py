@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import pytest
 import ray
 from pyarrow import fs
 
-from tests.engine.support import fill
+from tests.engine.support import fill, forget_library
 from tests.support.cluster import REPOSITORY, LocalCluster
 from tests.support.scenarios import Link
 from tests.test_verify import summary, upload
@@ -276,10 +275,7 @@ def test_a_bucket_that_can_not_be_written_to(link: Link, run: Run) -> None:
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    registry = importlib.import_module("fsspec.registry")
-    monkeypatch.delitem(registry._registry, "sftp", raising=False)  # another test's
-    monkeypatch.setitem(sys.modules, "sshfs", None)
-    monkeypatch.setitem(sys.modules, "fsspec.implementations.sftp", None)
+    forget_library(monkeypatch, "sftp", "sshfs")
     code, out, _ = run("doctor", "sftp://me:hidden@127.0.0.1:1/x")
     assert code == 1
     assert "pip install sshfs" in out

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import pytest
 
 from tests.engine.fakes import Counting
 from tune_sync_plugin.engine import index as indexes
@@ -129,3 +133,12 @@ class Disk:
         found = indexes.read(self.inner)
         assert found
         return found
+
+
+def forget_library(monkeypatch: pytest.MonkeyPatch, protocol: str, module: str) -> None:
+    """Have the library of an fsspec protocol be missing, whichever test has used it before."""
+    registry = importlib.import_module("fsspec.registry")
+    monkeypatch.delitem(registry._registry, protocol, raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)

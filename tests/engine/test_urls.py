@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 from pyarrow import fs as arrow
 
 from tests.engine.places import at_url
+from tests.engine.support import forget_library
 from tests.support.s3_server import HOST, S3Server, free_ports
 from tests.support.servers import Azurite, FakeGcs, WebDav
 from tests.support.sftp_server import SftpServer
@@ -141,11 +140,7 @@ def test_options_may_come_from_json() -> None:
 def test_a_missing_library_is_named(
     monkeypatch: pytest.MonkeyPatch, protocol: str, module: str, library: str
 ) -> None:
-    registry = importlib.import_module("fsspec.registry")
-    monkeypatch.delitem(registry._registry, protocol, raising=False)
-    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
+    forget_library(monkeypatch, protocol, module)
     with pytest.raises(ImportError, match=f"pip install {library}, on every node") as caught:
         filesystem_at(f"{protocol}://host/a", {})
     assert f"{protocol}:// needs a library" in describe(caught.value)

@@ -216,14 +216,14 @@ def _train_blocked(config: dict[str, Any]) -> None:
     report({"step": -1, "report_s": statistics.median(took)})
 
 
-def blocked_reports(link: Link, by: str, steps: int = 6) -> Outcome:
+def blocked_reports(link: Link, by: str, steps: int = 6, bandwidth: float = LINK) -> Outcome:
     """Each report comes with a checkpoint and 20 MB of new artifacts."""
     outcome = fit(
         link,
         _train_blocked,
         by=by,
         space={"steps": steps},
-        shape={"bandwidth_bytes_per_s": LINK},
+        shape={"bandwidth_bytes_per_s": bandwidth},
     )
     outcome.extra["report_s"] = outcome.results[0].metrics["report_s"]
     return outcome
