@@ -28,7 +28,7 @@ from tune_sync_plugin import SyncCallback, SyncConfig
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
-STEPS, FAIL_AFTER, TRIALS = 12, (2, 5, 8), 5
+STEPS, FAIL_AFTER, TRIALS = 9, (2, 5), 4
 
 
 @pytest.fixture(autouse=True)
