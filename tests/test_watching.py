@@ -18,7 +18,7 @@ import pytest
 from tests.fake_executor import FakeClock
 from tune_sync_plugin.dispatcher import Account
 from tune_sync_plugin.metrics import Metrics
-from tune_sync_plugin.progress import Bar, of_flush
+from tune_sync_plugin.progress import Bar, is_seen, of_flush
 from tune_sync_plugin.report import (
     EXPERIMENT,
     ExperimentReport,
@@ -247,6 +247,13 @@ class TestBar:
                 tell(left)
                 clock.advance(2)
         assert tries == [3]
+
+    @pytest.mark.parametrize("stderr", [None, object(), io.StringIO()], ids=["none", "odd", "file"])
+    def test_nobody_looks_at_what_is_no_terminal(
+        self, stderr: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert not is_seen()
 
     def test_off_a_terminal_nothing_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stderr", io.StringIO())

@@ -5,6 +5,7 @@ The only place that knows tqdm. A bar is a nicety: whatever goes wrong with it i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -83,8 +84,9 @@ class Bar:
 
 def is_seen() -> bool:
     """Whether somebody looks at this process: on a terminal, or in a notebook."""
-    if sys.stderr.isatty():
-        return True
+    with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+        if sys.stderr.isatty():
+            return True
     ipython = sys.modules.get("IPython")  # which is there wherever a notebook is
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and "IPKernelApp" in shell.config
