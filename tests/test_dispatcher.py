@@ -17,9 +17,10 @@ from tests.fake_executor import (
     deferring,
     failing,
 )
-from tune_sync_plugin.dispatcher import Account, Dispatcher, Turn
+from tune_sync_plugin.dispatcher import Dispatcher
 from tune_sync_plugin.events import Ended
 from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
+from tune_sync_plugin.targets import Account, Turn
 
 
 class Bench:

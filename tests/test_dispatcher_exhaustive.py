@@ -29,9 +29,10 @@ from typing import Any
 import pytest
 
 from tests.fake_executor import OK, TIMED_OUT, FakeClock, failing
-from tune_sync_plugin.dispatcher import Dispatcher, Turn
+from tune_sync_plugin.dispatcher import Dispatcher
 from tune_sync_plugin.events import Ended, Event, Started, Synced
 from tune_sync_plugin.report import EXPERIMENT, SyncReport
+from tune_sync_plugin.targets import Turn
 
 PERIOD_S, TIMEOUT_S, GRACE_S, START_S = 10.0, 30.0, 2.0, 60.0
 TRIALS, NODES, DRIVER = ("t", "u"), ("A", "B"), "D"

@@ -14,9 +14,9 @@ import ray.util.metrics
 
 from tests.support.cluster import REPOSITORY
 from tune_sync_plugin import metrics
-from tune_sync_plugin.dispatcher import Account
 from tune_sync_plugin.metrics import Metrics
 from tune_sync_plugin.report import FileFailure, SyncReport
+from tune_sync_plugin.targets import Account
 
 NODE = "1a2b3c4d5e6f"
 DENIED = FileFailure("t1", "a.txt", "PermissionError", "403")

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from tests.fake_executor import FakeClock
-from tune_sync_plugin.dispatcher import Account
 from tune_sync_plugin.metrics import Metrics
 from tune_sync_plugin.progress import Bar, is_seen, of_flush
 from tune_sync_plugin.report import (
@@ -27,6 +26,7 @@ from tune_sync_plugin.report import (
     SyncReport,
 )
 from tune_sync_plugin.status_line import StatusLine
+from tune_sync_plugin.targets import Account
 from tune_sync_plugin.watching import Watching
 
 PERIOD_S = 300.0

@@ -18,12 +18,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.events import Ended, Event, Executor, Started, Synced
 from tune_sync_plugin.report import EXPERIMENT, FileFailure, SyncReport
+from tune_sync_plugin.targets import Account, Place, Target, Turn, account_of
 
 # A task stops itself at sync_timeout and says which files were left. One that can't even do that (a
 # stat that hangs on a dead mount) is killed so much later.
@@ -37,136 +38,11 @@ _ALIVE_NODES_TTL_S = 1.0
 _END_MARGIN_S = 0.5
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What a job is told about the sync it is about to do.
-
-    Attributes:
-        forced: Whether the request was.
-        superseded: Whether the target has gone on elsewhere and been synced from there, so that
-            nothing of what storage holds may be overwritten from here.
-        shared: Whether the target is, or was, on other nodes as well.
-    """
-
-    forced: bool = False
-    superseded: bool = False
-    shared: bool = False
-
-
-@dataclass(frozen=True)
-class Account:
-    """How far the syncing is, over all targets.
-
-    Attributes:
-        trials: Trials that are known.
-        synced: Of them, those synced in full at least once, whose last sync left nothing out.
-        owed_trials: Of them, those of which something was asked for and has not arrived since.
-        owed: The same of all targets, the experiment's directory among them.
-        failing: Targets of which the last sync left something out, and which are tried again.
-        oldest_s: Seconds since the oldest request that is not answered; 0 if none is owed.
-    """
-
-    trials: int = 0
-    synced: int = 0
-    owed_trials: int = 0
-    owed: int = 0
-    failing: int = 0
-    oldest_s: float = 0.0
-
-
-@dataclass(eq=False)
-class _Place:
-    """A target's directory on one node."""
-
-    node_id: str
-    job: Any
-    wanted: bool = False
-    forced: bool = False
-    lost: bool = False
-    last_start: float = -math.inf
-    # The number of the last sync that was submitted (or could not be, and was named for it), and of
-    # the last one that has ended. They differ while one is in a task, or waits to go into another.
-    submitted: int = 0
-    ended: int = 0
-    # What ``submitted`` was when the target came here the last time.
-    submitted_before: int = 0
-    last_success: float | None = None
-    # How often the final flush begins anew when the task's process died.
-    spare_tries: int = 2
-    last_report: SyncReport = SyncReport()
-    # When the oldest request came that no complete sync has answered: of those that wait or were
-    # tried in vain, and of those that the sync under way is to answer. Infinite if there is none.
-    asked: float = math.inf
-    asked_under_way: float = math.inf
-
-    @property
-    def owed_since(self) -> float:
-        return min(self.asked, self.asked_under_way)
-
-    def begin(self, now: float) -> None:
-        """A sync that answers all that was asked for so far is on its way."""
-        self.wanted = self.forced = False
-        self.last_start = now
-        self.submitted += 1
-        self.asked, self.asked_under_way = math.inf, self.owed_since
-
-    def end(self, *, answered: bool) -> None:
-        """That sync is over; what it did not answer is owed for as long as before."""
-        if not answered:
-            self.asked = self.owed_since
-        self.asked_under_way = math.inf
-
-    def give_up_one(self) -> None:
-        """Count a sync that is named as not done in place of being tried."""
-        self.submitted += 1
-        self.submitted_before += 1  # nothing was synced by it
-
-
-@dataclass(eq=False)
-class _Target:
-    key: str
-    period_s: float
-    places: dict[str, _Place] = field(default_factory=dict)
-    current: list[str] = field(default_factory=list)
-    # Where it is or, while it is nowhere, was.
-    latest: list[str] = field(default_factory=list)
-    running: bool = False
-    # Requests made before the first place was known.
-    wanted_early: bool = False
-    forced_early: bool = False
-    # When it stands in the queue for, if it does.
-    queued_for: float = math.inf
-
-    def next_place(self, now: float) -> _Place | None:
-        due = (
-            place
-            for place in self.places.values()
-            if place.forced or (place.wanted and now >= place.last_start + self.period_s)
-        )
-
-        # What a trial left behind goes out before what it wrote since, older nodes first. The nodes
-        # it is on now take turns: requests that keep coming must not keep one of them waiting.
-        def turn(place: _Place) -> float:
-            return place.last_start if place.node_id in self.current else -math.inf
-
-        return min(due, key=turn, default=None)
-
-    def next_due(self) -> float:
-        return min(
-            (
-                -math.inf if place.forced else place.last_start + self.period_s
-                for place in self.places.values()
-                if place.forced or place.wanted
-            ),
-            default=math.inf,
-        )
-
-
 @dataclass
 class _Batch:
     handle: Any
     lane: tuple[str, bool]
-    items: deque[tuple[_Target, _Place]]
+    items: deque[tuple[Target, Place]]
     submitted: float
     item_started: float | None = None
 
@@ -203,11 +79,11 @@ class Dispatcher:
         self._max_per_node = max_syncs_per_node
         self._prepare = prepare
         self._clock = clock
-        self._targets: dict[str, _Target] = {}
+        self._targets: dict[str, Target] = {}
         self._queue: list[tuple[float, int, str]] = []
         self._tie = itertools.count()
         # A lane is a node and whether it is for the experiment's directory.
-        self._ready: dict[tuple[str, bool], deque[_Target]] = {}
+        self._ready: dict[tuple[str, bool], deque[Target]] = {}
         self._batches: list[_Batch] = []
         self._alive: tuple[float, set[str]] = (-math.inf, set())
         # When the final flush must be over.
@@ -217,9 +93,7 @@ class Dispatcher:
 
     def add_target(self, key: str, period_s: float | None = None) -> None:
         """Make a target known. Adding it again changes nothing."""
-        self._targets.setdefault(
-            key, _Target(key, self._period_s if period_s is None else period_s)
-        )
+        self._targets.setdefault(key, Target(key, self._period_s if period_s is None else period_s))
 
     def set_places(self, key: str, jobs: dict[str, Any]) -> None:
         """Say on which nodes a target's directories are from now on, and the job that syncs each.
@@ -233,7 +107,7 @@ class Dispatcher:
                 self._want(target.places[node_id], forced=True)
         for node_id, job in jobs.items():
             # Moved to the end: the order of places is the order in which the trial was there.
-            place = target.places.pop(node_id, None) or _Place(node_id, job)
+            place = target.places.pop(node_id, None) or Place(node_id, job)
             target.places[node_id] = place
             place.job, place.lost = job, False
             if node_id not in target.latest:  # else it has only started again
@@ -251,12 +125,12 @@ class Dispatcher:
         """Say that a target has been on a node before all that is known of it; requests that."""
         target = self._targets[key]
         if node_id not in target.places:
-            place = _Place(node_id, job)
+            place = Place(node_id, job)
             target.places = {node_id: place, **target.places}
             self._want(place, forced=True)
             self._enqueue(target)
 
-    def _choose_anew(self, target: _Target) -> None:
+    def _choose_anew(self, target: Target) -> None:
         # It may stand in a node's queue with a place that is no longer the first to be synced.
         for waiting in self._ready.values():
             if target in waiting:
@@ -278,14 +152,14 @@ class Dispatcher:
         if changed:
             self._enqueue(target)
 
-    def _want(self, place: _Place, forced: bool) -> bool:
+    def _want(self, place: Place, forced: bool) -> bool:
         if place.lost or (place.wanted and (place.forced or not forced)):
             return False
         place.asked = min(place.asked, self._clock())
         place.wanted, place.forced = True, place.forced or forced
         return True
 
-    def _enqueue(self, target: _Target) -> None:
+    def _enqueue(self, target: Target) -> None:
         if target.running:
             return  # looked at again when that sync ends
         due = target.next_due()
@@ -372,7 +246,7 @@ class Dispatcher:
             self._want(place, forced=True)
             self._enqueue(target)
 
-    def _finish(self, target: _Target, place: _Place, report: SyncReport) -> None:
+    def _finish(self, target: Target, place: Place, report: SyncReport) -> None:
         target.running = False
         place.last_report = report
         place.ended = place.submitted
@@ -419,9 +293,9 @@ class Dispatcher:
             if not waiting:
                 del self._ready[lane]
 
-    def _submit(self, lane: tuple[str, bool], targets: list[_Target], now: float) -> None:
+    def _submit(self, lane: tuple[str, bool], targets: list[Target], now: float) -> None:
         items = deque((target, target.places[lane[0]]) for target in targets)
-        jobs = [self._prepare(place.job, self._turn(target, place)) for target, place in items]
+        jobs = [self._prepare(place.job, target.turn(place)) for target, place in items]
         for _, place in items:
             place.begin(now)
         try:
@@ -434,15 +308,6 @@ class Dispatcher:
             return
         self._batches.append(_Batch(handle, lane, items, now))
 
-    @staticmethod
-    def _turn(target: _Target, place: _Place) -> Turn:
-        places = list(target.places.values())
-        later = places[places.index(place) + 1 :]
-        # A place that it was at before, and is at again: only syncs since then are newer.
-        synced_since = any(other.submitted > other.submitted_before for other in later)
-        superseded = place.node_id not in target.current and synced_since
-        return Turn(place.forced, superseded, shared=len(places) > 1)
-
     def _is_alive(self, node_id: str, now: float) -> bool:
         asked, alive = self._alive
         # A node that is not in the list may have joined since.
@@ -450,7 +315,7 @@ class Dispatcher:
             self._alive = (now, self._executor.alive_nodes())
         return node_id in self._alive[1]
 
-    def _lose(self, target: _Target, place: _Place, now: float) -> None:
+    def _lose(self, target: Target, place: Place, now: float) -> None:
         place.lost, place.wanted, place.forced = True, False, False
         place.give_up_one()
         since = (
@@ -465,25 +330,7 @@ class Dispatcher:
 
     def account(self) -> Account:
         """What is synced and what is owed now. Looks at every target: not for every step."""
-        trials = synced = owed_trials = owed = failing = 0
-        oldest = math.inf
-        for target in self._targets.values():
-            since, is_whole, was_synced, fails = math.inf, True, False, False
-            for place in target.places.values():
-                since = min(since, place.owed_since)
-                was_synced |= place.last_success is not None
-                if not place.last_report.complete:
-                    is_whole = False
-                    fails |= not place.lost
-            is_trial, is_owed = target.key != EXPERIMENT, since < math.inf
-            trials += is_trial
-            synced += is_trial and is_whole and was_synced
-            owed_trials += is_trial and is_owed
-            owed += is_owed
-            failing += fails
-            oldest = min(oldest, since)
-        oldest_s = self._clock() - oldest if owed else 0.0
-        return Account(trials, synced, owed_trials, owed, failing, oldest_s)
+        return account_of(self._targets.values(), self._clock())
 
     # -- waiting --------------------------------------------------------------------------------
 
@@ -544,7 +391,7 @@ class Dispatcher:
         alive = self._executor.alive_nodes()  # once, however many places there are
         for target in self._targets.values():
             for place in target.places.values():
-                if place.node_id not in alive and self._is_settled(place):
+                if place.node_id not in alive and place.is_settled:
                     place.lost = True
                 self._want(place, forced=True)
             self._choose_anew(target)
@@ -567,18 +414,7 @@ class Dispatcher:
                     place.give_up_one()
                     self._unfinished(target, place, "not begun", timeout_s)
 
-    @staticmethod
-    def _is_settled(place: _Place) -> bool:
-        """Whether nothing is owed: its node may have been scaled down when its trials were over."""
-        owes = (
-            place.wanted
-            or place.ended < place.submitted  # in a task, of which nothing has been heard yet
-            or place.last_success is None
-            or not place.last_report.complete
-        )
-        return not owes
-
-    def _unfinished(self, target: _Target, place: _Place, state: str, timeout_s: float) -> None:
+    def _unfinished(self, target: Target, place: Place, state: str, timeout_s: float) -> None:
         message = (
             f"the final sync from node {place.node_id[:8]} was {state} when the flush ran out of "
             f"its {timeout_s:g} s (sync_timeout)"
@@ -600,5 +436,5 @@ def _failed(key: str, error: str, message: str) -> SyncReport:
     return SyncReport(failures=(FileFailure(key, "", error, message),))
 
 
-def _is_caught_up(places: dict[str, _Place], until: dict[str, int]) -> bool:
+def _is_caught_up(places: dict[str, Place], until: dict[str, int]) -> bool:
     return all(places[node_id].ended >= number for node_id, number in until.items())

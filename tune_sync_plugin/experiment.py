@@ -16,7 +16,7 @@ from tune_sync_plugin import runs, tune_internals
 from tune_sync_plugin.attacher import Attacher
 from tune_sync_plugin.config import SyncConfig, plain
 from tune_sync_plugin.directories import Run, SyncJob, prepare_driver_disk
-from tune_sync_plugin.dispatcher import Dispatcher, Turn
+from tune_sync_plugin.dispatcher import Dispatcher
 from tune_sync_plugin.driver_syncer import DriverSyncer
 from tune_sync_plugin.engine.sync import SyncOptions
 from tune_sync_plugin.errors import SyncError, code_of, describe
@@ -33,6 +33,7 @@ from tune_sync_plugin.report import (
     SyncReport,
 )
 from tune_sync_plugin.runs import RunFacts
+from tune_sync_plugin.targets import Turn
 from tune_sync_plugin.tasks import close_run
 from tune_sync_plugin.watching import Watching
 

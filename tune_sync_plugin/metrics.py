@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from tune_sync_plugin.dispatcher import Account
 from tune_sync_plugin.errors import describe
 from tune_sync_plugin.report import SyncReport
+from tune_sync_plugin.targets import Account
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tune_sync_plugin.dispatcher import Account
 from tune_sync_plugin.report import ExperimentReport, FileFailure
+from tune_sync_plugin.targets import Account
 from tune_sync_plugin.words import count_of, human_bytes
 
 # Storage's answers can be pages long; all of them are in the report.

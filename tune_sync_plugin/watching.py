@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from tune_sync_plugin.dispatcher import Account
 from tune_sync_plugin.metrics import Metrics
 from tune_sync_plugin.report import ExperimentReport, SyncReport
 from tune_sync_plugin.status_line import StatusLine
+from tune_sync_plugin.targets import Account
 
 logger = logging.getLogger(__name__)
 
