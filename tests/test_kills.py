@@ -259,7 +259,13 @@ def _train_big(config: dict[str, Any]) -> None:
     report_step(1)
 
 
-@pytest.mark.parametrize("flush", [False, True], ids=["during a sync", "during the flush"])
+@pytest.mark.parametrize(
+    "flush",
+    [
+        pytest.param(False, id="during a sync", marks=pytest.mark.exhaustive),
+        pytest.param(True, id="during the flush"),
+    ],
+)
 def test_a_node_that_dies_while_it_uploads_holds_nothing_up(
     link: Link, nodes: Nodes, flush: bool, figure: Callable[..., None]
 ) -> None:

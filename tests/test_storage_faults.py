@@ -232,7 +232,7 @@ PUT = Step("PutObject", r"\.bin(\?|$)", "PUT", SMALL)
         pytest.param("pyarrow", SMALL_PART, marks=pytest.mark.exhaustive),
         pytest.param("pyarrow", COMPLETE, marks=pytest.mark.exhaustive),
         pytest.param("s3fs", PUT, marks=pytest.mark.slow),
-        pytest.param("s3fs", PART, marks=pytest.mark.slow),
+        pytest.param("s3fs", PART, marks=pytest.mark.exhaustive),
         pytest.param("s3fs", COMPLETE, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.operation} {value.size}",
