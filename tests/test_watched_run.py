@@ -82,7 +82,7 @@ def test_what_a_person_sees_of_a_run(
 
     monkeypatch.setattr(watching.Watching, "synced", synced)
     left: list[int] = []
-    monkeypatch.setattr(experiment, "FlushBar", lambda: contextlib.nullcontext(left.append))
+    monkeypatch.setattr(experiment, "Bar", lambda make: contextlib.nullcontext(left.append))
     caplog.set_level("INFO", "tune_sync_plugin")
     enough = tmp_path / "enough"
 
@@ -111,7 +111,7 @@ def test_what_a_person_sees_of_a_run(
 
     lines = [r.getMessage() for r in caplog.records if r.name.endswith(".watching")]
     assert 1 <= len(lines) <= report.duration_s
-    assert all(re.match(r"synced \d of [12] trials, [\d.]+ [KMG]?B up \(", line) for line in lines)
+    assert all(re.match(r"synced \d of [12] trials?, [\d.]+ [KMG]?B up \(", line) for line in lines)
     assert any("last error: " in line and "result.json" in line for line in lines)
 
     assert left[0] >= 1
