@@ -543,7 +543,7 @@ def explore(world: World, keys: Sequence[str], depth: int) -> int:
         pytest.param("", "", 4, id="nobody is anywhere yet"),
         pytest.param("A", "A", 3, id="both on one node"),
         pytest.param("A", "B", 3, id="each on its own"),
-        pytest.param("A", None, 4, id="one trial alone"),
+        pytest.param("A", None, 4, id="one trial alone", marks=pytest.mark.exhaustive),
         pytest.param("A", "A", 4, id="both on one node, deeper", marks=pytest.mark.exhaustive),
         pytest.param("A", "B", 4, id="each on its own, deeper", marks=pytest.mark.exhaustive),
     ],

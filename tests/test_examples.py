@@ -83,6 +83,7 @@ def run_script(name: str, where: Path, *arguments: str) -> str:
     return f"{process.stdout}\n{process.stderr}"
 
 
+@pytest.mark.slow
 def test_quickstart(environment: Path, tmp_path: Path) -> None:
     output = run_script("quickstart.py", tmp_path, "results")
     # stderr has Ray's start-up lines and our one; a warning would be the first thing a user sees.

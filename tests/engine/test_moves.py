@@ -184,7 +184,7 @@ def test_a_disk_that_was_left_writes_on(tmp_path: Path, objects: bool) -> None:
 
 
 _SETTINGS = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=25,
     deadline=None,
     print_blob=True,

@@ -343,7 +343,7 @@ OPERATIONS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(OPERATIONS, st.integers(0, 5)), max_size=40),
     st.integers(1, 3),
