@@ -931,6 +931,19 @@ class TestFlush:
         assert [at for at, _ in bench.executor.kills] == [5]
         assert bench.executor.running() == []
 
+    def test_what_was_handed_over_before_and_began_late_is_heard_out(self, bench: Bench) -> None:
+        bench.trial("t", "A")
+        bench.executor.start_of["A"] = 3
+        bench.executor.will("t", Sync(takes=1000))
+        bench.force("t")
+        bench.poll()
+        bench.clock.advance(1)
+        bench.dispatcher.flush(10)
+        assert bench.reports[0] == (13, "t", "A", TIMED_OUT), "what it says of its files"
+        assert bench.clock.now == 13, "two seconds over, and no longer"
+        assert "when the flush ran out" in bench.failures("t")[-1].message
+        assert len(bench.executor.tasks) == 1, "nothing more is begun"
+
     def test_it_names_what_had_not_begun(self) -> None:
         bench = Bench(slots=1)
         for key in ("hung", "behind", "waits"):

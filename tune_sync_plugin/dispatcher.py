@@ -36,6 +36,9 @@ _BATCH = 32
 _ALIVE_NODES_TTL_S = 1.0
 # So long before the flush must end its tasks stop themselves, in order to say what they left.
 _END_MARGIN_S = 0.5
+# What was handed over before the flush knows nothing of its end, and may have begun so much later
+# than it was (a process takes its time to start). It is heard out: it is about to say what it left.
+_HEAR_OUT_S = 5.0
 
 
 @dataclass
@@ -172,16 +175,17 @@ class Dispatcher:
     def poll(self) -> None:
         """Take in what has finished, end what ran out of time, start what is due. Never blocks."""
         if self._batches:
-            # Asked once for all: most have nothing to say most of the time.
-            ready = self._executor.ready([batch.handle for batch in self._batches])
-            for batch in list(self._batches):
-                self._advance(
-                    batch, self._executor.poll(batch.handle) if batch.handle in ready else []
-                )
+            self._take_in()
         if self._queue and self._queue[0][0] <= self._clock():
             self._collect_due()
         if self._ready:
             self._start()
+
+    def _take_in(self) -> None:
+        # Asked once for all: most have nothing to say most of the time.
+        ready = self._executor.ready([batch.handle for batch in self._batches])
+        for batch in list(self._batches):
+            self._advance(batch, self._executor.poll(batch.handle) if batch.handle in ready else [])
 
     def _advance(self, batch: _Batch, events: Iterable[Event]) -> None:
         for event in events:
@@ -398,6 +402,7 @@ class Dispatcher:
             self._enqueue(target)
         if self.settle(list(self._targets), timeout_s, progress):
             return
+        self._hear_out(before=self._end - timeout_s)
         for batch in list(self._batches):
             if batch.items and batch.item_started is not None:
                 target, place = batch.items.popleft()
@@ -413,6 +418,21 @@ class Dispatcher:
                     place.wanted = place.forced = False
                     place.give_up_one()
                     self._unfinished(target, place, "not begun", timeout_s)
+
+    def _hear_out(self, before: float) -> None:
+        """Wait for what was handed over ``before`` and is about to run out of its own time."""
+        until = self._clock() + _HEAR_OUT_S
+        last = [
+            batch
+            for batch in self._batches
+            if batch.submitted < before
+            and batch.item_started is not None
+            and batch.item_started + self._timeout_s <= until
+        ]
+        while last and self._clock() < until:
+            self._executor.wait([batch.handle for batch in last], 0.1)
+            self._take_in()
+            last = [batch for batch in last if batch in self._batches]
 
     def _unfinished(self, target: Target, place: Place, state: str, timeout_s: float) -> None:
         message = (
