@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import pty
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +17,7 @@ import pytest
 from tests.engine.support import fill
 from tests.support.cluster import REPOSITORY
 from tests.support.scenarios import Link
+from tests.support.terminal import on_a_terminal
 from tune_sync_plugin.cli.best import best_trial
 from tune_sync_plugin.cli.main import main
 from tune_sync_plugin.cli.pull import pull
@@ -300,20 +297,9 @@ def test_a_killed_pull_leaves_no_half_file_and_is_gone_on_with(
 def test_a_bar_is_shown_to_a_terminal_alone(exp: Path, run: Run) -> None:
     assert run(exp, "out")[2] == ""
     command = [sys.executable, "-m", "tune_sync_plugin", "pull", str(exp), "other"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for more, shown in (([], True), (["--json"], False)):
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        done = subprocess.run(
-            [*command, *more], stderr=theirs, stdout=subprocess.PIPE, env=environment, check=True
-        )
-        os.close(theirs)
-        said = b""
-        with contextlib.suppress(OSError):  # the end of what was written
-            while some := os.read(ours, 65536):
-                said += some
-        os.close(ours)
-        assert (b"100%" in said) is shown
+        said, done = on_a_terminal([*command, *more], stdout=subprocess.PIPE)
+        assert ("100%" in said) is shown
         assert b"%" not in done.stdout
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import logging
-import os
-import pty
-import struct
-import subprocess
 import sys
-import termios
 from typing import Any
 
 import pytest
 
 from tests.fake_executor import FakeClock
+from tests.support.terminal import on_a_terminal
 from tune_sync_plugin.metrics import Metrics
 from tune_sync_plugin.progress import Bar, is_seen, of_flush
 from tune_sync_plugin.report import (
@@ -264,15 +259,10 @@ class TestBar:
         assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
     def test_on_a_terminal_it_is_seen(self) -> None:
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         code = (
             "from tune_sync_plugin.progress import of_flush; bar = of_flush(12); bar.n = 5;"
             "bar.refresh()"
         )
-        subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
-        os.close(theirs)
-        seen = os.read(ours, 10_000).decode()
-        os.close(ours)
+        seen, _ = on_a_terminal([sys.executable, "-c", code])
         assert "final sync" in seen
         assert "5/12" in seen

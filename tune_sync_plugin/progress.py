@@ -48,7 +48,6 @@ class Bar:
         self._total = 0
         self._bar: Any = None
         self._drawn = 0.0
-        self._is_off = make is None
 
     def __enter__(self) -> Callable[[int], None]:
         return self._tell
@@ -61,7 +60,7 @@ class Bar:
         self._total = max(self._total, left)
         now = self._clock()
         is_soon = now - self._drawn < _EVERY_S and left > 0
-        if self._is_off or now < self._from or is_soon:
+        if self._make is None or now < self._from or is_soon:
             return
         self._drawn = now
         self._safely(self._draw, left)
@@ -78,7 +77,7 @@ class Bar:
         try:
             function(*arguments)
         except Exception as error:
-            self._is_off = True
+            self._make = None  # no more of it
             logger.debug("the progress bar failed: %s: %s", type(error).__name__, error)
 
 

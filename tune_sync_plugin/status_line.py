@@ -43,11 +43,11 @@ class StatusLine:
         rate = (uploaded - self._bytes) / max(now - self._then, 1e-3)
         is_early = report.artifacts and not account.trials and not report.latest_failure
         # Of what hangs nothing else is heard: that is said, and again when it has taken twice that.
-        is_late = account.owed > 0 and account.oldest_s >= self._said_late_s
+        is_late = account.oldest_s >= self._said_late_s
         if is_early or (news == self._last and not is_late):
             self._then = now  # a pause does not lower the next rate
             return None
-        self._said_late_s = max(self._late_s, 2 * account.oldest_s if account.owed else 0.0)
+        self._said_late_s = max(self._late_s, 2 * account.oldest_s)
         new_failure = report.latest_failure is not self._failure
         self._last, self._failure = news, report.latest_failure
         self._then, self._bytes = now, uploaded

@@ -138,10 +138,10 @@ class Target:
 
         # What a trial left behind goes out before what it wrote since, older nodes first. The nodes
         # it is on now take turns: requests that keep coming must not keep one of them waiting.
-        def turn(place: Place) -> float:
+        def order(place: Place) -> float:
             return place.last_start if place.node_id in self.current else -math.inf
 
-        return min(due, key=turn, default=None)
+        return min(due, key=order, default=None)
 
     def next_due(self) -> float:
         """When one of them is; infinite if nothing is asked for."""
